@@ -1,0 +1,211 @@
+"""The LSTM that attends: one step, and whole captions under teacher forcing (Xu et al. 2015, section 3.1.2)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captioner.attention import build_attention
+from captioner.vocabulary import PAD
+
+
+class Scene(NamedTuple):
+    """What the decoder reads of a batch of images at every step, and computes once.
+
+    annotations: (images, regions, channels), what is looked at.
+    keys: (images, regions, size), attention's projection of it.
+    mask: (images, regions), True where a region is real, or None where all are.
+    """
+
+    annotations: Tensor
+    keys: Tensor
+    mask: Tensor | None
+
+
+class State(NamedTuple):
+    """What the decoder carries from word to word: hidden and cell, each (images, rows, hidden)."""
+
+    hidden: Tensor
+    cell: Tensor
+
+
+class Step(NamedTuple):
+    """What one step gives.
+
+    logits: (images, rows, vocabulary), scores of the next word before softmax.
+    state: the state after it.
+    alpha: (images, rows, heads, regions), where it looked; sums to 1 over the regions.
+    beta: (images, rows), how far the context vector was let in, 0 to 1.
+    """
+
+    logits: Tensor
+    state: State
+    alpha: Tensor
+    beta: Tensor
+
+
+class TeacherForced(NamedTuple):
+    """What reading whole captions gives; N is the number of real (unpadded) words to predict.
+
+    logits: (N, vocabulary), scores of those words, caption by caption.
+    targets: (N,), the words that stood there.
+    alpha: (images, rows, steps, heads, regions), zero after a caption's end.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    alpha: Tensor
+
+
+class AttentionLSTM(nn.Module):
+    """An LSTM that looks at the annotation vectors before every word.
+
+    With y the previous word, h and c the state, a_i the annotation vectors:
+
+        alpha = attention(a, h)                     where to look
+        beta  = sigmoid(w . h)                      how much what is seen matters now
+        z     = beta * sum_i alpha_i a_i            the context vector
+        h, c  = LSTM([E y, z], h, c)
+        p     = softmax(L_o tanh(E y + L_h h + L_z z))      the deep output layer
+
+    The rows of an image (its captions in training, its beams in search) share its annotation vectors.
+
+    Args:
+        vocabulary_size: number of words, special ones included.
+        channels: size of an annotation vector.
+        attention: name of the attention mechanism (see `captioner.attention`).
+        embedding_size, hidden_size, attention_size: sizes of E y, of h and c, and of the keys.
+        dropout: share of the word embedding and of the output layer's input dropped in training.
+        tie_embeddings: whether L_o and E are one matrix (Press and Wolf 2017).
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        channels: int,
+        attention: str = "additive",
+        embedding_size: int = 512,
+        hidden_size: int = 512,
+        attention_size: int = 512,
+        dropout: float = 0.5,
+        tie_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=PAD)
+        self.attention = build_attention(attention, channels, hidden_size, attention_size)
+        self.initial_hidden = nn.Linear(channels, hidden_size)
+        self.initial_cell = nn.Linear(channels, hidden_size)
+        self.beta = nn.Linear(hidden_size, 1)
+        # The LSTM's four gates in one matrix, in two parts: what comes from the word, and is known before the
+        # first step, and what comes from the context vector and the hidden state, and is not.
+        self.word_to_gates = nn.Linear(embedding_size, 4 * hidden_size)
+        self.state_to_gates = nn.Linear(channels + hidden_size, 4 * hidden_size, bias=False)
+        self.hidden_to_output = nn.Linear(hidden_size, embedding_size)
+        self.context_to_output = nn.Linear(channels, embedding_size, bias=False)
+        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
+        self.output_weight = None if tie_embeddings else nn.Parameter(torch.empty_like(self.embedding.weight))
+        self.dropout = nn.Dropout(dropout)
+        self.gates_of_words: Tensor | None = None
+        nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)
+        with torch.no_grad():
+            self.embedding.weight[PAD].zero_()
+            # A forget gate that starts open lets gradients reach the first words (Jozefowicz et al. 2015).
+            self.word_to_gates.bias[hidden_size : 2 * hidden_size] += 1.0
+        if self.output_weight is not None:
+            nn.init.normal_(self.output_weight, std=embedding_size**-0.5)
+
+    def look(self, annotations: Tensor, mask: Tensor | None = None) -> Scene:
+        """All that depends on the images alone, computed once.
+
+        Args:
+            annotations: (images, regions, channels).
+            mask: (images, regions), True where a region is real; None where all are.
+        """
+        return Scene(annotations, self.attention.keys(annotations), mask)
+
+    def initial_state(self, scene: Scene, rows: int) -> State:
+        """h_0 and c_0 from the mean annotation vector, the same for each of an image's rows."""
+        if scene.mask is None:
+            mean = scene.annotations.mean(dim=1, keepdim=True)
+        else:
+            share = scene.mask / scene.mask.sum(dim=1, keepdim=True)
+            mean = share[:, None, :] @ scene.annotations
+        hidden = torch.tanh(self.initial_hidden(mean))
+        cell = torch.tanh(self.initial_cell(mean))
+        return State(hidden.expand(-1, rows, -1), cell.expand(-1, rows, -1))
+
+    def step(self, scene: Scene, state: State, words: Tensor) -> Step:
+        """Read one word and score the next one.
+
+        Args:
+            scene: what `look` gave.
+            state: (images, rows, ...), from `initial_state` or the step before.
+            words: (images, rows), ids of the words last said; `START` at first.
+        """
+        embedded = self.dropout(self.embedding(words))
+        if self.gates_of_words is None:
+            word_gates = self.word_to_gates(embedded)
+        else:
+            word_gates = nn.functional.embedding(words, self.gates_of_words)
+        state, context, alpha, beta = self.advance(scene, state, word_gates)
+        return Step(self.predict(embedded, state.hidden, context), state, alpha, beta)
+
+    def forward(self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None) -> TeacherForced:
+        """Read whole captions, each word predicted from the true ones before it.
+
+        Args:
+            annotations: (images, regions, channels).
+            captions: (images, rows, length) ids: `START`, words, `END`, then `PAD`; all `PAD` for a missing row.
+                Fewest steps are wasted where each image's captions run from the longest to the shortest.
+            mask: (images, regions), True where a region is real; None where all are.
+        """
+        scene = self.look(annotations, mask)
+        inputs, targets = captions[..., :-1], captions[..., 1:]
+        real = targets != PAD
+        # At each step only the rows that still have a word to say, in any image, are computed.
+        rows_left = [int(rows) for rows in real.flip(1).cummax(dim=1)[0].any(dim=0).sum(dim=0)]
+        embedded = self.dropout(self.embedding(inputs))
+        word_gates = self.word_to_gates(embedded)
+
+        state = self.initial_state(scene, captions.shape[1])
+        hiddens, contexts, alphas = [], [], []
+        for rows, gates in zip(rows_left, word_gates.unbind(dim=2), strict=True):
+            state = State(state.hidden[:, :rows], state.cell[:, :rows])
+            state, context, alpha, _ = self.advance(scene, state, gates[:, :rows])
+            absent = captions.shape[1] - rows
+            hiddens.append(nn.functional.pad(state.hidden, (0, 0, 0, absent)))
+            contexts.append(nn.functional.pad(context, (0, 0, 0, absent)))
+            alphas.append(nn.functional.pad(alpha, (0, 0, 0, 0, 0, absent)))
+        hidden, context, alpha = (torch.stack(parts, dim=2) for parts in (hiddens, contexts, alphas))
+        logits = self.predict(embedded[real], hidden[real], context[real])
+        return TeacherForced(logits, targets[real], alpha * real[..., None, None])
+
+    def advance(
+        self, scene: Scene, state: State, word_gates: Tensor
+    ) -> tuple[State, Tensor, Tensor, Tensor]:
+        """The recurrence: the new state, the gated context vector, alpha and beta."""
+        context, alpha = self.attention(state.hidden, scene.keys, scene.annotations, scene.mask)
+        beta = torch.sigmoid(self.beta(state.hidden))
+        context = beta * context
+        gates = word_gates + self.state_to_gates(torch.cat([context, state.hidden], dim=-1))
+        write, forget, read, candidate = gates.chunk(4, dim=-1)
+        cell = torch.sigmoid(forget) * state.cell + torch.sigmoid(write) * torch.tanh(candidate)
+        hidden = torch.sigmoid(read) * torch.tanh(cell)
+        return State(hidden, cell), context, alpha, beta.squeeze(-1)
+
+    def predict(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
+        """The deep output layer (equation 7): scores of the next word, (..., vocabulary)."""
+        deep = embedded + self.hidden_to_output(self.dropout(hidden)) + self.context_to_output(context)
+        weight = self.embedding.weight if self.output_weight is None else self.output_weight
+        return nn.functional.linear(self.dropout(torch.tanh(deep)), weight, self.output_bias)
+
+    def remember_words(self) -> None:
+        """Compute every known word's share of the gates once, for search; `train()` forgets it again."""
+        with torch.no_grad():
+            self.gates_of_words = self.word_to_gates(self.embedding.weight)
+
+    def train(self, mode: bool = True) -> "AttentionLSTM":
+        """Set training or evaluation mode; in training the weights change, so remembered gates are dropped."""
+        if mode:
+            self.gates_of_words = None
+        return super().train(mode)

@@ -1,0 +1,136 @@
+"""A convolutional network read as a grid of annotation vectors."""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+# The last feature map that still has a place for everything: what to read unless the user names another node.
+# vgg19 is read before its last pooling, as in the paper: 14 x 14 places for a 224 x 224 image.
+DEFAULT_NODES = {"vgg": "features.{last_relu}", "resnet": "layer4", "resnext": "layer4", "regnet": "trunk_output"}
+
+
+class Encoder(nn.Module):
+    """A torchvision classification network without its classifier (Xu et al. 2015, section 3.1.1).
+
+    Args:
+        name: the network's name in `torchvision.models`, such as "mobilenet_v2" or "resnet101".
+        node: the node of its graph whose output is read; empty for the last feature map.
+        grid: rows and columns of regions; another size than the network's own is reached by average pooling.
+        weights: a torchvision weights name ("DEFAULT", "IMAGENET1K_V1"), downloaded by torchvision; the path of
+            a state dict (.safetensors, .pth); or None for random weights, to be loaded later.
+
+    Attributes:
+        channels: size D of an annotation vector.
+        grid: rows and columns; there are rows * columns regions.
+        autocast_dtype: set it to `torch.bfloat16` to run the convolutions, where the time goes, in that type.
+
+    Raises:
+        ValueError: no such network, node or weights, or the node's output has no places.
+    """
+
+    def __init__(
+        self,
+        name: str = "mobilenet_v2",
+        node: str = "",
+        grid: tuple[int, int] = (7, 7),
+        weights: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        network = build_network(name, weights)
+        self.node = node or default_node(name, network)
+        self.grid = (int(grid[0]), int(grid[1]))
+        self.autocast_dtype: torch.dtype | None = None
+        try:
+            self.body = create_feature_extractor(network, {self.node: "map"})
+        except ValueError as error:
+            nodes = [n for n in get_graph_node_names(network)[1] if n.count(".") <= 1]
+            raise ValueError(f"{name} has no node {self.node!r}; it has {', '.join(nodes)}") from error
+        self.body.eval()
+        with torch.no_grad():
+            shape = self.body(torch.zeros(1, 3, 64, 64))["map"].shape
+        if len(shape) != 4:
+            raise ValueError(
+                f"node {self.node!r} of {name} gives a tensor of shape {tuple(shape)}, not a feature map; "
+                "choose an earlier node"
+            )
+        self.channels: int = shape[1]
+        self.body.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Annotation vectors a_1 ... a_L of each image.
+
+        Args:
+            images: (batch, 3, height, width), normalised as the weights expect.
+
+        Returns:
+            (batch, regions, channels) in float32; the regions run row by row from the top left.
+        """
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            feature_map = self.body(images)["map"]
+        if feature_map.shape[-2:] != self.grid:
+            feature_map = nn.functional.adaptive_avg_pool2d(feature_map, self.grid)
+        return feature_map.flatten(2).transpose(1, 2).float()
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Stay in evaluation mode: batch-norm statistics of the pretraining are kept while weights are tuned."""
+        return super().train(False)
+
+    def train_from(self, block: str | None) -> None:
+        """Make the weights from the block of that name upwards trainable; None freezes all of them.
+
+        Args:
+            block: the beginning of a parameter's name, such as "features.4" or "layer3"; "" means everything.
+
+        Raises:
+            ValueError: no parameter's name begins so.
+        """
+        trainable = False
+        for name, parameter in self.body.named_parameters():
+            trainable = trainable or (block is not None and f"{name}.".startswith(f"{block}." if block else ""))
+            parameter.requires_grad_(trainable)
+        if block is not None and not trainable:
+            blocks = sorted({".".join(name.split(".")[:2]) for name, _ in self.body.named_parameters()})
+            raise ValueError(f"the encoder has no block {block!r}; it has {', '.join(blocks)}")
+
+
+def build_network(name: str, weights: str | Path | None) -> nn.Module:
+    """A torchvision classification network with the weights named (see `Encoder`)."""
+    try:
+        if weights is None or Path(weights).suffix:
+            network = torchvision.models.get_model(name, weights=None)
+        else:
+            network = torchvision.models.get_model(name, weights=str(weights))
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"torchvision has no model {name!r} with weights {str(weights)!r}: {error}") from error
+    if weights is not None and Path(weights).suffix:
+        load_network_weights(network, Path(weights))
+    return network
+
+
+def load_network_weights(network: nn.Module, path: Path) -> None:
+    """Fill `network` from a torchvision state dict on disk, never unpickling anything but tensors."""
+    if not path.is_file():
+        raise ValueError(f"encoder weights {path} are not a file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state)
+    except Exception as error:
+        raise ValueError(f"encoder weights {path} do not fit {type(network).__name__}: {error}") from error
+
+
+def default_node(name: str, network: nn.Module) -> str:
+    """The node that gives the last feature map of a torchvision network."""
+    family = next((prefix for prefix in DEFAULT_NODES if name.startswith(prefix)), None)
+    if family == "vgg":
+        relus = [i for i, layer in enumerate(network.features) if isinstance(layer, nn.ReLU)]  # type: ignore[arg-type]
+        return f"features.{relus[-1]}"
+    return DEFAULT_NODES[family] if family else "features"

@@ -1,0 +1,137 @@
+"""Every choice of a training run: one dataclass, a flag for each of its fields, and a TOML file for any of them."""
+
+import argparse
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of the config with the help text of its flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train a captioner. Fields are flags with dashes: `label_smoothing` is `--label-smoothing`.
+
+    Stage one trains the decoder on features that the frozen encoder gave of every image once. Stage two goes on
+    from the best model of stage one and tunes the encoder too, on augmented images.
+    """
+
+    data: str = option("flickr8k", "data set", ("flickr8k", "flickr30k", "coco"))
+    root: str = option("data/flickr8k", "folder of the data set")
+    output: str = option("runs/flickr8k", "run folder; the best model is saved there, ready to be loaded")
+
+    encoder: str = option("mobilenet_v2", "torchvision classification network")
+    encoder_weights: str = option("DEFAULT", "torchvision weights name (downloaded) or a file")
+    node: str = option("", "node of the encoder to read; empty: its last feature map")
+    grid: int = option(7, "rows and columns of regions")
+    image_size: int = option(224, "height and width that images are resized to, in pixels")
+    attention: str = option("additive", "attention mechanism")
+    annotation_size: int = option(512, "size of projected annotation vectors; 0: the encoder's own, as in the paper")
+    attention_size: int = option(512, "size of the space in which attention compares")
+    embedding_size: int = option(512, "size of word embeddings")
+    hidden_size: int = option(512, "size of the LSTM's state")
+    dropout: float = option(0.5, "share of activations dropped in the decoder")
+    tie_embeddings: bool = option(False, "share one matrix between word embeddings and output layer")
+
+    minimum_count: int = option(5, "words rarer than this in the training captions become <unk>")
+    max_length: int = option(22, "captions are cut after this many words")
+
+    epochs: int = option(10, "stage one: epochs with the encoder frozen")
+    learning_rate: float = option(1e-3, "stage one: peak learning rate")
+    finetune_epochs: int = option(10, "stage two: epochs that tune the encoder too")
+    finetune_learning_rate: float = option(4e-4, "stage two: peak learning rate of the decoder")
+    encoder_learning_rate: float = option(1e-4, "stage two: peak learning rate of the encoder")
+    finetune_from: str = option("", "stage two: first block of the encoder to tune, such as features.4; empty: all")
+    augment: bool = option(True, "stage two: random crops, flips (never where a caption says left or right), colours")
+    batch_size: int = option(32, "images in a batch, over all processes; each comes with all its captions")
+    warmup_steps: int = option(200, "steps over which each stage's learning rate rises to its peak")
+    final_rate: float = option(0.05, "share of the peak that the cosine ends each stage with")
+    weight_decay: float = option(0.01, "AdamW's weight decay, on matrices and kernels only")
+    clip_norm: float = option(5.0, "gradients are scaled down to this norm")
+    label_smoothing: float = option(0.1, "probability spread over all words in the targets")
+    doubly_stochastic: float = option(0.005, "weight of the doubly stochastic attention term, lambda in the paper")
+    ema_decay: float = option(0.998, "decay of the moving average of the weights, which is what is scored and saved")
+
+    monitor: str = option("CIDEr", "score of decoded dev captions that picks the best model", ("CIDEr", "BLEU-4"))
+    monitor_beam: int = option(3, "beam size of that decoding")
+    patience: int = option(5, "a stage ends after this many epochs without a better score")
+
+    seed: int = option(0, "decides the initial weights, the order of the images, dropout and augmentation")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
+    precision: str = option("auto", "of the encoder; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
+    compile: bool = option(False, "compile the model with torch.compile")
+    workers: int = option(2, "processes that load images in stage two; 0: none")
+    checkpoint_every: int = option(500, "steps between checkpoints within an epoch; one follows every epoch")
+    cache: str = option("", "folder for cached features; empty: captioner/ in the user's cache folder")
+    resume: bool = option(False, "go on from the last checkpoint in the run folder, if there is one")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
+    """The config that flags and `--config FILE.toml` ask for; a flag wins over the file.
+
+    Exits with status 2 and a message where a flag, a key of the file or a value is not known.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m training.train",
+        description="Train a captioner.",
+        epilog="Example: python -m training.train --data flickr8k --root data/flickr8k --output runs/flickr8k",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE.toml", help="options from a TOML file")
+    types = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        kind: dict[str, Any] = {"type": types[field.name], "choices": field.metadata["choices"]}
+        if types[field.name] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif not field.metadata["choices"]:
+            kind["metavar"] = types[field.name].__name__.upper()
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", default=field.default, help=field.metadata["help"], **kind
+        )
+
+    path = parser.parse_known_args(arguments)[0].config
+    if path:
+        try:
+            parser.set_defaults(**read_toml(Path(path), types))
+        except (OSError, ValueError) as error:
+            parser.error(f"--config {path}: {error}")
+    options = vars(parser.parse_args(arguments))
+    options.pop("config")
+    config = TrainConfig(**options)
+    try:
+        check(config)
+    except ValueError as error:
+        parser.error(str(error))
+    return config
+
+
+def read_toml(path: Path, types: dict[str, type]) -> dict[str, Any]:
+    """The options in a TOML file. Raises ValueError for a key that is no option or a value of another type."""
+    options = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text("utf-8")).items()}
+    for key, value in options.items():
+        if key not in types:
+            raise ValueError(f"no option {key!r}")
+        if types[key] is float and type(value) is int:
+            options[key] = float(value)
+        elif type(value) is not types[key]:
+            raise ValueError(f"{key} should be a {types[key].__name__}, not {value!r}")
+    return options
+
+
+def check(config: TrainConfig) -> None:
+    """Raise ValueError naming the first option whose value cannot be used."""
+    for name in ("batch_size", "minimum_count", "max_length", "grid", "image_size", "monitor_beam", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("epochs", "finetune_epochs", "warmup_steps", "workers", "patience", "annotation_size"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} cannot be negative, but is {getattr(config, name)}")
+    for name in ("dropout", "label_smoothing", "ema_decay"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
