@@ -114,7 +114,10 @@ def load_checkpoint(folder: str | os.PathLike[str], device: torch.device | str =
 def fill(model: torch.nn.Module, weights: dict[str, Tensor], source: Path) -> None:
     """Copy `weights` into `model`; any missing, unknown or misshapen one is a CheckpointError."""
     own = model.state_dict()
-    for problem, names in (("lacks", own.keys() - weights.keys()), ("has unknown", weights.keys() - own.keys())):
+    for problem, names in (
+        ("lacks", own.keys() - weights.keys()),
+        ("has unknown", weights.keys() - own.keys()),
+    ):
         if names:
             raise CheckpointError(f"{source} {problem} tensors that its config asks for: {sorted(names)[:3]}")
     for name, tensor in own.items():

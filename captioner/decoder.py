@@ -180,9 +180,7 @@ class AttentionLSTM(nn.Module):
         logits = self.predict(embedded[real], hidden[real], context[real])
         return TeacherForced(logits, targets[real], alpha * real[..., None, None])
 
-    def advance(
-        self, scene: Scene, state: State, word_gates: Tensor
-    ) -> tuple[State, Tensor, Tensor, Tensor]:
+    def advance(self, scene: Scene, state: State, word_gates: Tensor) -> tuple[State, Tensor, Tensor, Tensor]:
         """The recurrence: the new state, the gated context vector, alpha and beta."""
         context, alpha = self.attention(state.hidden, scene.keys, scene.annotations, scene.mask)
         beta = torch.sigmoid(self.beta(state.hidden))

@@ -9,7 +9,12 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 # The last feature map that still has a place for everything: what to read unless the user names another node.
 # vgg19 is read before its last pooling, as in the paper: 14 x 14 places for a 224 x 224 image.
-DEFAULT_NODES = {"vgg": "features.{last_relu}", "resnet": "layer4", "resnext": "layer4", "regnet": "trunk_output"}
+DEFAULT_NODES = {
+    "vgg": "features.{last_relu}",
+    "resnet": "layer4",
+    "resnext": "layer4",
+    "regnet": "trunk_output",
+}
 
 
 class Encoder(nn.Module):
@@ -90,7 +95,9 @@ class Encoder(nn.Module):
         """
         trainable = False
         for name, parameter in self.body.named_parameters():
-            trainable = trainable or (block is not None and f"{name}.".startswith(f"{block}." if block else ""))
+            trainable = trainable or (
+                block is not None and f"{name}.".startswith(f"{block}." if block else "")
+            )
             parameter.requires_grad_(trainable)
         if block is not None and not trainable:
             blocks = sorted({".".join(name.split(".")[:2]) for name, _ in self.body.named_parameters()})
@@ -105,7 +112,9 @@ def build_network(name: str, weights: str | Path | None) -> nn.Module:
         else:
             network = torchvision.models.get_model(name, weights=str(weights))
     except (ValueError, KeyError) as error:
-        raise ValueError(f"torchvision has no model {name!r} with weights {str(weights)!r}: {error}") from error
+        raise ValueError(
+            f"torchvision has no model {name!r} with weights {str(weights)!r}: {error}"
+        ) from error
     if weights is not None and Path(weights).suffix:
         load_network_weights(network, Path(weights))
     return network

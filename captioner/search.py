@@ -189,9 +189,7 @@ def sample(
     return found.choose(order, scores)
 
 
-def start(
-    decoder: Any, annotations: Tensor, mask: Tensor | None, rows: int
-) -> tuple[Any, Any, Hypotheses]:
+def start(decoder: Any, annotations: Tensor, mask: Tensor | None, rows: int) -> tuple[Any, Any, Hypotheses]:
     """The scene, the first state, and hypotheses without a word yet."""
     images, regions, _ = annotations.shape
     scene = decoder.look(annotations, mask)

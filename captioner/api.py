@@ -1,0 +1,319 @@
+"""Captions for people: `Captioner` takes photographs, `Caption` is what it says of one."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from captioner import heatmap
+from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from captioner.images import MAX_PIXELS, ImageSource, load_image
+from captioner.search import Hypotheses, beam_search, sample
+from captioner.vocabulary import END, PAD
+
+DEFAULT_MODEL = "flickr8k-mobilenet_v2"
+PRETRAINED = Path(__file__).parent / "pretrained"
+MAX_LENGTH = 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """What the model says of one image, and where it looked for each word.
+
+    Attributes:
+        words: the T words.
+        word_log_probabilities: natural logarithms, one for each word and one for the end of the sentence; the
+            last is missing where the caption was cut at the maximum length.
+        attention: float32 (T, rows, columns), the weights over the image's regions as each word was said; each
+            of the T maps sums to 1. The mean over the heads where attention has several.
+        image: the photograph as it was seen: upright, RGB.
+        alternatives: the other captions found, best first.
+    """
+
+    words: tuple[str, ...]
+    word_log_probabilities: tuple[float, ...]
+    attention: np.ndarray = dataclasses.field(repr=False, compare=False)
+    image: Image.Image = dataclasses.field(repr=False, compare=False)
+    alternatives: tuple["Caption", ...] = dataclasses.field(default=(), repr=False)
+
+    @property
+    def text(self) -> str:
+        """The words as the model said them, with a space between each two."""
+        return " ".join(self.words)
+
+    @property
+    def log_probability(self) -> float:
+        """Natural logarithm of the caption's probability given the image."""
+        return math.fsum(self.word_log_probabilities)
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the words' probabilities, 0 to 1: comparable between captions of different length."""
+        return math.exp(self.log_probability / max(len(self.word_log_probabilities), 1))
+
+    def __str__(self) -> str:
+        """The caption as people write it: no space before punctuation or a split-off 's."""
+        text = re.sub(r" (n't|'\w+|[.,!?;:%])(?=\s|$)", r"\1", self.text)
+        return re.sub(r"\b(can|gon|wan) (not|na)\b", r"\1\2", text)
+
+    def sentence(self) -> str:
+        """The caption as a sentence, with a capital and a full stop."""
+        text = str(self)
+        return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+    def index(self, word: str | int) -> int:
+        """The position of a word, given as the word itself (its first occurrence) or as its position.
+
+        Raises:
+            KeyError: the caption has no such word.
+        """
+        if isinstance(word, str):
+            if word.lower() not in self.words:
+                raise KeyError(f"{word!r} is not in the caption {str(self)!r}")
+            return self.words.index(word.lower())
+        if not -len(self.words) <= word < len(self.words):
+            raise KeyError(f"there is no word {word}; the caption has {len(self.words)}: {str(self)!r}")
+        return word % len(self.words)
+
+    def heatmap(self, word: str | int, **options: Any) -> Image.Image:
+        """The photograph with the places lit up that the model looked at as it said `word`.
+
+        Args:
+            word: the word, or its position.
+            options: see `captioner.heatmap.overlay`.
+
+        Raises:
+            KeyError: the caption has no such word.
+        """
+        return heatmap.overlay(self.image, self.attention[self.index(word)], **options)
+
+    def figure(self, **options: Any) -> Image.Image:
+        """The photograph, then each word over its map, in a grid as in the paper's Figure 2.
+
+        Args:
+            options: see `captioner.heatmap.figure`.
+        """
+        return heatmap.figure(self.image, self.words, self.attention, **options)
+
+    def animation(self, **options: Any) -> list[Image.Image]:
+        """One frame a word, for `captioner.heatmap.save_animation`.
+
+        Args:
+            options: see `captioner.heatmap.animation`.
+        """
+        return heatmap.animation(self.image, self.words, self.attention, **options)
+
+    def to_dict(self, attention: bool = False) -> dict[str, Any]:
+        """Plain data, ready for JSON.
+
+        Args:
+            attention: also put the attention maps in, as nested lists.
+        """
+        plain: dict[str, Any] = {
+            "caption": str(self),
+            "log_probability": self.log_probability,
+            "words": [
+                {"word": word, "log_probability": log_probability}
+                for word, log_probability in zip(self.words, self.word_log_probabilities, strict=False)
+            ],
+            "alternatives": [
+                {"caption": str(other), "log_probability": other.log_probability}
+                for other in self.alternatives
+            ],
+        }
+        if attention:
+            plain["attention"] = self.attention.tolist()
+        return plain
+
+
+class Captioner:
+    """A model with its words and its preprocessing: photographs in, captions out.
+
+    Attributes:
+        about: what is known of the model: its scores, the command that made it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.model = checkpoint.model.eval()
+        self.vocabulary = checkpoint.vocabulary
+        self.preprocessing = checkpoint.preprocessing
+        self.about = checkpoint.about
+        self.model.decoder.remember_words()
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch.device | None = None
+    ) -> "Captioner":
+        """Load a model.
+
+        Args:
+            name: a folder, the name of the model inside the package, or a Hugging Face Hub id ("user/model"), for
+                which the extra `hub` must be installed.
+            device: where to compute; None for the CPU, "auto" for a GPU where there is one.
+
+        Raises:
+            CheckpointError: there is no such model, or its files are not whole.
+            ValueError: there is no such device.
+        """
+        return cls(load_checkpoint(find_model(name), choose_device(device)))
+
+    def save_pretrained(self, folder: str | os.PathLike[str], half: bool = False) -> None:
+        """Write the model into `folder`, for `from_pretrained`.
+
+        Args:
+            half: store the weights in float16.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        save_checkpoint(folder, Checkpoint(self.model, self.vocabulary, self.preprocessing, self.about), half)
+
+    def caption(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        *,
+        batch_size: int = 32,
+        beam_size: int = 5,
+        alternatives: int | None = None,
+        max_length: int = MAX_LENGTH,
+        length_penalty: float = 1.0,
+        block_ngrams: int = 0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Any:
+        """Say what is in one image or many.
+
+        Args:
+            images: one image, or a list or tuple of them: a path, bytes, an open file, a PIL image, an array
+                (height, width[, channels]), a tensor (channels, height, width).
+            batch_size: images that go through the network together.
+            beam_size: captions that are followed at a time; 1 is greedy search.
+            alternatives: other captions to return with each; by default all the others of the beam, or none when
+                sampling.
+            max_length: most words in a caption.
+            length_penalty: captions are ranked by log-probability over length to this power.
+            block_ngrams: when above 0, no run of that many words stands twice in a caption.
+            temperature, top_p: when either is given, words are drawn by chance instead of searched for: from the
+                model's distribution sharpened (below 1) or flattened (above 1) by the temperature, and only from
+                the likeliest words that together reach top_p.
+            seed: the same seed draws the same captions.
+            max_pixels: larger images are refused before they are decoded.
+
+        Returns:
+            A `Caption` for one image; for a list, a list of them in the same order.
+
+        Raises:
+            ImageError: an image cannot be read; the message names it.
+            ValueError: an option has a value that cannot be used.
+        """
+        if not isinstance(images, list | tuple):
+            images = [images]
+            single = True
+        else:
+            single = False
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        sampling = temperature is not None or top_p is not None
+        if alternatives is None:
+            alternatives = 0 if sampling else beam_size - 1
+        shared: dict[str, Any] = {"max_length": max_length, "block_ngrams": block_ngrams}
+        captions = []
+        for first in range(0, len(images), batch_size):
+            photos = [load_image(source, max_pixels) for source in images[first : first + batch_size]]
+            with torch.inference_mode():
+                annotations = self.model.annotate(self.preprocessing(photos).to(self.model.device))
+            if sampling:
+                found = sample(
+                    self.model.decoder,
+                    annotations,
+                    samples=alternatives + 1,
+                    temperature=1.0 if temperature is None else temperature,
+                    top_p=1.0 if top_p is None else top_p,
+                    seed=seed,
+                    **shared,
+                )
+            else:
+                found = beam_search(
+                    self.model.decoder,
+                    annotations,
+                    beam_size=max(beam_size, alternatives + 1) if beam_size > 0 else beam_size,
+                    length_penalty=length_penalty,
+                    **shared,
+                )
+            captions += self.read(found, photos, alternatives)
+        return captions[0] if single else captions
+
+    def read(self, found: Hypotheses, photos: Sequence[Image.Image], alternatives: int) -> list[Caption]:
+        """Turn what a search found into captions."""
+        words, alphas = found.words.cpu().numpy(), found.alpha.mean(dim=3).cpu().numpy()
+        log_probabilities = found.log_probabilities.cpu().numpy()
+        grid = self.model.config.grid
+        captions = []
+        for i, photo in enumerate(photos):
+            rows = []
+            for j in range(alternatives + 1):
+                said = int((words[i, j] != PAD).sum())
+                spoken = said - 1 if words[i, j, said - 1] == END else said
+                rows.append(
+                    Caption(
+                        words=tuple(self.vocabulary.words[index] for index in words[i, j, :spoken]),
+                        word_log_probabilities=tuple(log_probabilities[i, j, :said].tolist()),
+                        attention=alphas[i, j, :spoken].reshape(spoken, *grid).astype(np.float32),
+                        image=photo,
+                    )
+                )
+            captions.append(dataclasses.replace(rows[0], alternatives=tuple(rows[1:])))
+        return captions
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None is the CPU, "auto" a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return torch.device(device or "cpu")
+
+
+def find_model(name: str | os.PathLike[str]) -> Path:
+    """The folder of a model: of one on disk, of the one inside the package, or of one fetched from the Hub.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if str(name) == DEFAULT_MODEL:
+        return PRETRAINED
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+        raise CheckpointError(
+            f"there is no model {str(name)!r}: give a folder with model.safetensors, {DEFAULT_MODEL!r}, "
+            "or a Hugging Face Hub id such as 'user/model'"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{str(name)!r} is no folder here; to fetch it from the Hugging Face Hub, pip install 'captioner[hub]'"
+        ) from error
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "model.safetensors"]))
+    except Exception as error:
+        raise CheckpointError(f"cannot fetch {str(name)!r} from the Hugging Face Hub: {error}") from error

@@ -1,0 +1,204 @@
+"""How fast, as ratios within one run: `python -m training.benchmark`.
+
+Captioning is told over the encoder's own forward pass, the least any captioner with that encoder takes. Training
+and search are told over the usual tutorial implementation of the same model: every caption comes with its own copy
+of the image, the keys are computed again at every step, the beams of one image are followed at a time. It is written
+out here, runs on the same weights, and is checked to give the same numbers before it is timed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from captioner.api import DEFAULT_MODEL, Captioner
+from captioner.decoder import AttentionLSTM, State
+from captioner.model import ShowAttendTell
+from captioner.search import allowed, beam_search
+from captioner.vocabulary import END, PAD, START
+from training.losses import caption_loss
+
+
+def tutorial_step(
+    decoder: AttentionLSTM, annotations: Tensor, state: State, words: Tensor
+) -> tuple[Tensor, State]:
+    """One step for a batch of captions, each with its annotation vectors; everything is computed anew.
+
+    annotations (captions, regions, channels), state (captions, hidden), words (captions,).
+    """
+    embedded = decoder.dropout(decoder.embedding(words))
+    scores = decoder.attention.scores(state.hidden[:, None], decoder.attention.keys(annotations)).squeeze(1)
+    alpha = scores.softmax(dim=1)
+    context = torch.sigmoid(decoder.beta(state.hidden)) * (annotations * alpha.unsqueeze(2)).sum(dim=1)
+    gates = decoder.word_to_gates(embedded) + decoder.state_to_gates(
+        torch.cat([context, state.hidden], dim=1)
+    )
+    write, forget, read, candidate = gates.chunk(4, dim=1)
+    cell = torch.sigmoid(forget) * state.cell + torch.sigmoid(write) * torch.tanh(candidate)
+    state = State(torch.sigmoid(read) * torch.tanh(cell), cell)
+    return decoder.predict(embedded, state.hidden, context), state
+
+
+def tutorial_loss(model: ShowAttendTell, images: Tensor, captions: Tensor) -> Tensor:
+    """Cross-entropy of `captions` (captions, length), each with its own image, the longest first."""
+    annotations = model.annotate(images)
+    lengths = (captions != PAD).sum(dim=1) - 1
+    order = lengths.argsort(descending=True)
+    annotations, captions, lengths = annotations[order], captions[order], lengths[order]
+    mean = annotations.mean(dim=1)
+    state = State(
+        torch.tanh(model.decoder.initial_hidden(mean)), torch.tanh(model.decoder.initial_cell(mean))
+    )
+    loss = annotations.new_zeros(())
+    for t in range(int(lengths.max())):
+        rows = int((lengths > t).sum())
+        state = State(state.hidden[:rows], state.cell[:rows])
+        logits, state = tutorial_step(model.decoder, annotations[:rows], state, captions[:rows, t])
+        loss = loss + nn.functional.cross_entropy(logits, captions[:rows, t + 1], reduction="sum")
+    return loss / int(lengths.sum())
+
+
+def tutorial_beam(model: ShowAttendTell, image: Tensor, beam_size: int, max_length: int) -> list[int]:
+    """The words of one image (1, 3, height, width), its beams followed together, other images waiting.
+
+    As in `beam_search` captions are ranked by mean log-probability, the finished among the unfinished.
+    """
+    decoder = model.decoder
+    annotations = model.annotate(image)
+    mean = annotations.mean(dim=1)
+    state = State(torch.tanh(decoder.initial_hidden(mean)), torch.tanh(decoder.initial_cell(mean)))
+    beams: list[tuple[float, list[int], Tensor, Tensor]] = [(0.0, [START], state.hidden[0], state.cell[0])]
+    for _ in range(max_length):
+        growing = [beam for beam in beams if beam[1][-1] != END]
+        if not growing:
+            break
+        candidates = [beam for beam in beams if beam[1][-1] == END]
+        state = State(torch.stack([beam[2] for beam in growing]), torch.stack([beam[3] for beam in growing]))
+        words = torch.tensor([beam[1][-1] for beam in growing], device=image.device)
+        logits, state = tutorial_step(decoder, annotations.expand(len(growing), -1, -1), state, words)
+        logits = allowed(
+            logits[None], torch.empty(1, len(growing), len(growing[0][1]) - 1, dtype=torch.long), 0
+        )[0]
+        best = logits.log_softmax(dim=1).topk(beam_size, dim=1)
+        for row, beam in enumerate(growing):
+            for value, word in zip(best.values[row].tolist(), best.indices[row].tolist(), strict=True):
+                candidates.append((beam[0] + value, [*beam[1], word], state.hidden[row], state.cell[row]))
+        beams = sorted(candidates, key=lambda beam: -beam[0] / (len(beam[1]) - 1))[:beam_size]
+    return beams[0][1][1:]
+
+
+def seconds(action: Callable[[], object], repeats: int) -> float:
+    """The median time of `repeats` calls, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        action()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: int = 5) -> dict[str, float]:
+    """Measure a model on random images and captions of the lengths people write.
+
+    Args:
+        captioner: the model; its weights are not changed.
+        images: images in a batch.
+        rows: captions an image.
+        repeats: times each thing is done; the median counts.
+
+    Returns:
+        What was measured, by name; the names of ratios say what is over what.
+
+    Raises:
+        RuntimeError: the tutorial implementation gives other numbers, so that comparing times would mean nothing.
+    """
+    model = captioner.model
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(images, 3, *captioner.preprocessing.size, generator=generator).to(model.device)
+    one = pixels[:1]
+    lengths = torch.randint(7, 17, (images, rows), generator=generator).sort(dim=1, descending=True)[0]
+    captions = torch.full((images, rows, 19), PAD)
+    words = torch.randint(4, len(captioner.vocabulary), captions.shape, generator=generator)
+    places = torch.arange(captions.shape[2])
+    captions = torch.where(places < lengths[..., None] + 1, words, captions)
+    captions[..., 0] = START
+    captions.scatter_(2, lengths[..., None] + 1, END)
+    captions = captions.to(model.device)
+
+    with torch.inference_mode():
+        model.decoder.remember_words()
+        ours = beam_search(model.decoder, model.annotate(pixels), beam_size=5, max_length=20).words[:, 0]
+        theirs = [tutorial_beam(model, pixels[i : i + 1], 5, 20) for i in range(images)]
+        if [[w for w in row if w != PAD] for row in ours.tolist()] != theirs:
+            raise RuntimeError("the tutorial search gives other captions")
+        encoder_one = seconds(lambda: model.encoder(one), repeats)
+        encoder_batch = seconds(lambda: model.encoder(pixels), repeats)
+        caption_one = seconds(lambda: beam_search(model.decoder, model.annotate(one), beam_size=5), repeats)
+        caption_batch = seconds(
+            lambda: beam_search(model.decoder, model.annotate(pixels), beam_size=5), repeats
+        )
+        tutorial_batch = seconds(
+            lambda: [tutorial_beam(model, pixels[i : i + 1], 5, 20) for i in range(images)], 1
+        )
+        features = model.encoder(pixels)
+
+    model.encoder.train_from(None)
+    features = features.clone()
+    each_with_its_image = pixels.repeat_interleave(rows, dim=0)
+    each_with_its_features = features.repeat_interleave(rows, dim=0)
+    flat = captions.flatten(0, 1)
+
+    def our_loss(inputs: Tensor) -> Tensor:
+        output = model(inputs, captions)
+        return caption_loss(output, len(output.targets), images * rows, 0.0, 0.0)
+
+    with torch.no_grad():
+        if abs(float(our_loss(features)) - float(tutorial_loss(model, each_with_its_features, flat))) > 1e-3:
+            raise RuntimeError("the tutorial training gives another loss")
+    model.train()
+    train = seconds(lambda: our_loss(features).backward(), repeats)
+    tutorial_decoder = seconds(lambda: tutorial_loss(model, each_with_its_features, flat).backward(), repeats)
+    tutorial_whole = seconds(lambda: tutorial_loss(model, each_with_its_image, flat).backward(), 1)
+    model.zero_grad()
+    model.eval()
+    return {
+        "captioning one image, beam 5 / encoder's forward pass": caption_one / encoder_one,
+        f"captioning {images} images, beam 5 / encoder's forward pass": caption_batch / encoder_batch,
+        f"tutorial search, beam 5 / ours, {images} images, encoder included": tutorial_batch / caption_batch,
+        "tutorial training step / ours, encoder frozen": tutorial_whole / train,
+        "tutorial training step / ours, decoder alone": tutorial_decoder / train,
+        "milliseconds: encoder, one image": 1000 * encoder_one,
+        "milliseconds: caption, one image": 1000 * caption_one,
+        "images a second: captioning a batch": images / caption_batch,
+        "images a second: training step, cached features": images / train,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=str(__doc__))
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
+    parser.add_argument("--device", default="cpu", help="where to measure")
+    parser.add_argument("--images", type=int, default=32, help="images in a batch")
+    parser.add_argument("--repeats", type=int, default=5, help="the median of so many runs counts")
+    parser.add_argument("--output", metavar="FILE.json", help="also write the figures there")
+    options = parser.parse_args(arguments)
+    captioner = Captioner.from_pretrained(options.model, options.device)
+    figures = benchmark(captioner, options.images, repeats=options.repeats)
+    for name, figure in figures.items():
+        print(f"{figure:8.2f}  {name}")
+    if options.output:
+        Path(options.output).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""One process or many: what a run needs to know of the others."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process's place among those that `torchrun` started; a process on its own is the first of one."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def quiet(self) -> bool:
+        """Whether to draw no progress bar: another process does, or nobody watches."""
+        return not self.is_first or not sys.stderr.isatty()
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes."""
+        total = value.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """The first process's value, on every process."""
+        return self.gather(value)[0]
+
+
+@contextlib.contextmanager
+def distributed(device: str = "auto") -> Iterator[Distributed]:
+    """Join the other processes if `torchrun` started this one, and leave them at the end.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto" for a GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and size > 1:
+        device = f"cuda:{local_rank}"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+    chosen = torch.device(device)
+    if size == 1:
+        yield Distributed(0, 1, chosen)
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Distributed(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,146 @@
+"""Train a captioner: `python -m training.train --data flickr8k --root data/flickr8k --output runs/flickr8k`.
+
+The same command under `torchrun --nproc-per-node N -m training.train ...` trains on N GPUs.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from captioner.checkpoint import CheckpointError
+from captioner.images import Preprocessing
+from captioner.model import ModelConfig, ShowAttendTell
+from captioner.vocabulary import Vocabulary
+from training.batches import FeatureSource, ImageSource
+from training.config import TrainConfig, parse_arguments
+from training.datasets import CaptionedImage, DatasetError, read_dataset
+from training.distributed import Distributed, distributed
+from training.features import cached_features, readable
+from training.trainer import Interrupted, Stage, Trainer, TrainingError
+from training.words import tokenize
+
+log = logging.getLogger("training")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
+    config = parse_arguments(arguments)
+    try:
+        with distributed(config.device) as processes:
+            level = logging.INFO if processes.is_first else logging.ERROR
+            logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+            train(config, processes)
+    except Interrupted:
+        log.error("stopped; run the same command with --resume to go on from here")
+        return 130
+    except (TrainingError, DatasetError, CheckpointError, ValueError, OSError) as error:
+        log.error("error: %s", error)
+        return 1
+    return 0
+
+
+def train(config: TrainConfig, processes: Distributed) -> float:
+    """Train as `config` says, and leave the best model in its output folder. Returns that model's dev score."""
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")
+    train_items, dev_items = load_items(config, processes)
+    vocabulary = Vocabulary.build(
+        (tokenize(caption) for item in train_items for caption in item.captions), config.minimum_count
+    )
+    preprocessing = Preprocessing(size=(config.image_size, config.image_size))
+    model = build_model(config, len(vocabulary)).to(processes.device)
+    log.info(
+        "%d training images, %d dev images, %d words, %.1f million weights, %d process(es) on %s",
+        len(train_items),
+        len(dev_items),
+        len(vocabulary),
+        sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        processes.size,
+        processes.device,
+    )
+    stages = []
+    if config.epochs > 0:
+        cache = Path(config.cache) if config.cache else default_cache()
+        train_features, dev_features = (
+            cached_features(model.encoder, items, preprocessing, cache, processes)
+            for items in (train_items, dev_items)
+        )
+        frozen = (FeatureSource(train_features), FeatureSource(dev_features))
+        stages.append(Stage("frozen encoder", config.epochs, config.learning_rate, 0.0, None, *frozen))
+    if config.finetune_epochs > 0:
+        tuned = (
+            ImageSource(train_items, preprocessing, config.augment, config.seed),
+            ImageSource(dev_items, preprocessing, augment=False),
+        )
+        stages.append(
+            Stage(
+                "fine-tuning",
+                config.finetune_epochs,
+                config.finetune_learning_rate,
+                config.encoder_learning_rate,
+                config.finetune_from,
+                *tuned,
+            )
+        )
+    trainer = Trainer(config, model, vocabulary, preprocessing, train_items, dev_items, stages, processes)
+    best = trainer.run()
+    log.info("best %s on dev: %.1f; the model is in %s", config.monitor, 100 * best, config.output)
+    return best
+
+
+def load_items(
+    config: TrainConfig, processes: Distributed
+) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+    """The training and dev items that can be used; what cannot is counted and reported."""
+    dataset = read_dataset(config.data, config.root)
+    splits = {}
+    problems = list(dataset.problems)
+    for split in ("train", "dev"):
+        items = dataset.splits.get(split, ())
+        good, unreadable = processes.agree(readable(items, processes.quiet) if processes.is_first else None)
+        splits[split] = good
+        problems += unreadable
+        if not good:
+            raise DatasetError(f"{config.root} has no usable image in its {split} split")
+    for problem in problems[:20]:
+        log.warning("skipped: %s", problem)
+    if len(problems) > 20:
+        log.warning("... and %d more; %d skipped in all", len(problems) - 20, len(problems))
+    return splits["train"], splits["dev"]
+
+
+def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
+    """A new model of the sizes asked for, its encoder pretrained."""
+    model = ShowAttendTell(
+        ModelConfig(
+            vocabulary_size=vocabulary_size,
+            encoder=config.encoder,
+            node=config.node,
+            grid=(config.grid, config.grid),
+            attention=config.attention,
+            annotation_size=config.annotation_size,
+            attention_size=config.attention_size,
+            embedding_size=config.embedding_size,
+            hidden_size=config.hidden_size,
+            dropout=config.dropout,
+            tie_embeddings=config.tie_embeddings,
+        ),
+        config.encoder_weights or None,
+    )
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu):
+        model.encoder.autocast_dtype = torch.bfloat16
+    return model
+
+
+def default_cache() -> Path:
+    """Where features are kept unless the user says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

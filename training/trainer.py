@@ -1,0 +1,412 @@
+"""The training loop: two stages, resumable at any step, on one process or many."""
+
+import dataclasses
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from captioner.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_tensors,
+    replacing,
+    save_checkpoint,
+    save_tensors,
+)
+from captioner.images import Preprocessing
+from captioner.model import ShowAttendTell
+from captioner.search import beam_search
+from captioner.vocabulary import Vocabulary
+from training.batches import Batch, EpochBatches, Source, encode_captions
+from training.config import TrainConfig
+from training.datasets import CaptionedImage
+from training.distributed import Distributed
+from training.history import History
+from training.losses import caption_loss
+from training.metrics import quick_scores
+from training.words import tokenize
+
+log = logging.getLogger("training")
+
+STATE = "training-state.safetensors"
+# What may change between a run and its continuation without changing what the run computes.
+FREE_OPTIONS = {
+    "root",
+    "output",
+    "device",
+    "workers",
+    "cache",
+    "resume",
+    "checkpoint_every",
+    "compile",
+    "patience",
+}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why, and what is left whole."""
+
+
+class Interrupted(Exception):
+    """The user or the system asked the run to stop; its state has been saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stretch of training with its own learning rates.
+
+    train_from: first block of the encoder that is tuned, "" for all of it, None for none.
+    """
+
+    name: str
+    epochs: int
+    learning_rate: float
+    encoder_learning_rate: float
+    train_from: str | None
+    train: Source
+    dev: Source
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is: with the tensors of the model, its average and the optimiser, all that resuming needs.
+
+    Dropout and augmentation draw from generators seeded by the step and the epoch, so no generator's state has to
+    be kept.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    total_steps: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    best: float = -math.inf
+    stale: int = 0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class Trainer:
+    """Trains a model stage by stage and keeps the best one in the run folder.
+
+    Args:
+        config: the options.
+        model: the network, on the device to train on.
+        train, dev: items whose images are readable.
+        stages: what to do, in order.
+        distributed: this process's place among the others.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: ShowAttendTell,
+        vocabulary: Vocabulary,
+        preprocessing: Preprocessing,
+        train: Sequence[CaptionedImage],
+        dev: Sequence[CaptionedImage],
+        stages: Sequence[Stage],
+        distributed: Distributed,
+    ) -> None:
+        self.config, self.model, self.vocabulary, self.preprocessing = (
+            config,
+            model,
+            vocabulary,
+            preprocessing,
+        )
+        self.stages, self.distributed = stages, distributed
+        self.output = Path(config.output)
+        self.names = [item.path.name for item in train]
+        self.captions = [encode_captions(item, vocabulary, config.max_length) for item in train]
+        self.references = [[tokenize(caption) for caption in item.captions] for item in dev]
+        self.average: AveragedModel
+        self.progress = Progress()
+        self.history = History(self.output) if distributed.is_first else None
+        self.stop_requested = False
+
+    def run(self) -> float:
+        """Train to the end, from wherever `progress` is. Returns the best dev score.
+
+        Raises:
+            TrainingError: the loss is not finite, or a checkpoint cannot be written.
+            Interrupted: SIGINT or SIGTERM came; the state has been saved first.
+        """
+        if not self.config.resume and (self.output / STATE).exists():
+            raise TrainingError(
+                f"{self.output} holds a run already; go on with it by --resume, or choose another --output"
+            )
+        resumed = self.restore() if self.config.resume else None
+        with self.graceful_stop():
+            while self.progress.stage < len(self.stages):
+                self.run_stage(self.stages[self.progress.stage], resumed)
+                resumed = None
+                self.progress = dataclasses.replace(
+                    self.progress, stage=self.progress.stage + 1, epoch=0, batch=0, step=0, stale=0
+                )
+        if self.history:
+            self.history.close()
+        return self.progress.best
+
+    def run_stage(self, stage: Stage, resumed: dict[str, Tensor] | None) -> None:
+        """Train one stage; a stage that follows another goes on from the best model so far."""
+        if resumed is None and self.progress.best > -math.inf:
+            self.model.load_state_dict(load_checkpoint(self.output).model.state_dict())
+        self.model.encoder.train_from(stage.train_from)
+        self.average = AveragedModel(self.model, avg_fn=self.moving_average)
+        optimiser = self.optimiser(stage)
+        if resumed is not None:
+            self.fill(optimiser, resumed)
+        parallel: nn.Module = self.model
+        if self.distributed.size > 1:
+            parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
+        if self.config.compile:
+            parallel = torch.compile(parallel)  # type: ignore[assignment]
+
+        while self.progress.epoch < stage.epochs and self.progress.stale <= self.config.patience:
+            self.run_epoch(stage, parallel, optimiser)
+            self.validate(stage)
+            self.progress.epoch += 1
+            self.progress.batch, self.progress.loss_sum, self.progress.seconds = 0, 0.0, 0.0
+            self.save(optimiser)
+
+    def run_epoch(self, stage: Stage, parallel: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Train on every batch of the epoch from `progress.batch` on."""
+        progress, distributed = self.progress, self.distributed
+        batches = EpochBatches(
+            stage.train,
+            self.names,
+            self.captions,
+            self.config.batch_size,
+            self.config.seed,
+            1000 * progress.stage + progress.epoch,
+            distributed.rank,
+            distributed.size,
+        )
+        total_steps = stage.epochs * len(batches)
+        # Cached features are read faster than another process could hand them over.
+        workers = self.config.workers if stage.train_from is not None else 0
+        loader = batches.loader(progress.batch, workers, pin_memory=distributed.device.type == "cuda")
+        parallel.train()
+        bar = tqdm(
+            loader,
+            f"{stage.name} epoch {progress.epoch + 1}/{stage.epochs}",
+            len(batches),
+            initial=progress.batch,
+            disable=distributed.quiet,
+            unit="batch",
+        )
+        for batch in bar:
+            started = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * self.rate(progress.step, total_steps)
+            loss, stop = self.step(batch, parallel, optimiser)
+            progress.loss_sum += loss
+            progress.seconds += time.perf_counter() - started
+            progress.batch += 1
+            progress.step += 1
+            progress.total_steps += 1
+            bar.set_postfix(loss=f"{progress.loss_sum / progress.batch:.3f}")
+            if self.history:
+                self.history.step(loss, optimiser.param_groups[-1]["lr"])
+            if stop:
+                self.save(optimiser)
+                raise Interrupted
+            if progress.step % self.config.checkpoint_every == 0:
+                self.save(optimiser)
+
+    def step(self, batch: Batch, parallel: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[float, bool]:
+        """One step of gradient descent. Returns the loss over the whole batch, and whether any process is to stop."""
+        config, distributed, progress = self.config, self.distributed, self.progress
+        # Whatever is random in this step depends on nothing but its number: resuming needs no generator's state.
+        torch.manual_seed(hash((config.seed, progress.stage, progress.step, distributed.rank)) % 2**63)
+        images = batch.images.to(distributed.device, non_blocking=True)
+        captions = batch.captions.to(distributed.device, non_blocking=True)
+        loss = batch.weight * caption_loss(
+            parallel(images, captions),
+            batch.words,
+            batch.whole,
+            config.label_smoothing,
+            config.doubly_stochastic,
+        )
+        stop = torch.tensor(float(self.stop_requested), device=loss.device)
+        whole, stops = distributed.sum(torch.stack([loss, stop])).tolist()
+        if not math.isfinite(whole):
+            raise TrainingError(
+                f"the loss is {whole} in step {progress.step} (stage {progress.stage + 1}, epoch "
+                f"{progress.epoch + 1}, batch {progress.batch}: {', '.join(batch.names[:4])} ...); "
+                f"the last checkpoint in {self.output} is kept. A lower learning rate may help."
+            )
+        optimiser.zero_grad()
+        # DistributedDataParallel takes the mean over the processes; the loss is made to be summed.
+        (loss * distributed.size).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        optimiser.step()
+        self.average.update_parameters(self.model)
+        return whole, stops > 0
+
+    def validate(self, stage: Stage) -> None:
+        """Caption the dev images with the averaged weights, record the scores, keep the model if it is the best."""
+        candidates = self.decode(stage)
+        scores = quick_scores(candidates, self.references)
+        progress, config = self.progress, self.config
+        row = {
+            "stage": stage.name,
+            "epoch": progress.epoch + 1,
+            "loss": progress.loss_sum / max(progress.batch, 1),
+            **scores,
+            "distinct": len({" ".join(words) for words in candidates}) / max(len(candidates), 1),
+            "images_per_second": len(self.names) / max(progress.seconds, 1e-9),
+        }
+        progress.history.append(row)
+        log.info(
+            "%s", "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+        )
+        better = scores[config.monitor] > progress.best
+        progress.stale = 0 if better else progress.stale + 1
+        if better:
+            progress.best = scores[config.monitor]
+        if self.history:
+            self.history.epoch(progress.history)
+            if better:
+                about = {"training": dataclasses.asdict(config), "dev": row}
+                model = self.average.module
+                save_checkpoint(self.output, Checkpoint(model, self.vocabulary, self.preprocessing, about))
+        self.distributed.barrier()
+
+    def decode(self, stage: Stage) -> list[list[str]]:
+        """Captions of the dev images, each process making its share."""
+        distributed, model = self.distributed, self.average.module.eval()
+        indices = list(range(len(self.references)))[distributed.rank :: distributed.size]
+        found: dict[int, list[str]] = {}
+        for start in tqdm(
+            range(0, len(indices), 32), "captioning dev", disable=distributed.quiet, leave=False
+        ):
+            share = indices[start : start + 32]
+            with torch.inference_mode():
+                annotations = model.annotate(stage.dev.load(share, 0).to(distributed.device))
+            best = beam_search(
+                model.decoder,
+                annotations,
+                beam_size=self.config.monitor_beam,
+                max_length=self.config.max_length,
+            ).words[:, 0]
+            found.update(zip(share, map(self.vocabulary.decode, best.tolist()), strict=True))
+        for others in distributed.gather(found):
+            found.update(others)
+        return [found[index] for index in range(len(self.references))]
+
+    def optimiser(self, stage: Stage) -> torch.optim.AdamW:
+        """AdamW with the encoder's own learning rate, and weight decay on matrices and kernels only."""
+        groups = []
+        for part, peak in (("encoder.", stage.encoder_learning_rate), ("", stage.learning_rate)):
+            own = [
+                parameter
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad and name.startswith("encoder.") == bool(part)
+            ]
+            for decay in (0.0, self.config.weight_decay):
+                chosen = [parameter for parameter in own if (parameter.dim() > 1) == (decay > 0)]
+                if chosen:
+                    groups.append({"params": chosen, "weight_decay": decay, "peak": peak})
+        return torch.optim.AdamW(
+            groups, lr=stage.learning_rate, fused=self.model.device.type in ("cpu", "cuda")
+        )
+
+    def rate(self, step: int, total: int) -> float:
+        """The learning rate as a share of its peak: a linear warm-up, then a cosine."""
+        config = self.config
+        warm_up = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / max(total, 1)))
+        return warm_up * (config.final_rate + (1 - config.final_rate) * cosine)
+
+    def moving_average(self, average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        """The exponential moving average, shorter at first so that it forgets the initial weights."""
+        decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
+        return torch.lerp(current, average, decay)
+
+    def save(self, optimiser: torch.optim.Optimizer) -> None:
+        """Write everything that resuming needs into one file, whole or not at all."""
+        if not self.distributed.is_first:
+            return
+        tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"average/{name}": tensor for name, tensor in self.average.state_dict().items()}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter, state in optimiser.state.items():
+            tensors |= {f"optimiser/{key}/{names[parameter]}": tensor for key, tensor in state.items()}
+        metadata = {
+            "progress": json.dumps(dataclasses.asdict(self.progress)),
+            "config": json.dumps(dataclasses.asdict(self.config)),
+        }
+        try:
+            with replacing(self.output / STATE) as (path,):
+                save_tensors(
+                    path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata
+                )
+        except OSError as error:
+            raise TrainingError(
+                f"cannot save the training state in {self.output}: {error.strerror or error}; "
+                "the checkpoint from before is whole, so free some space and run again with --resume"
+            ) from error
+
+    def restore(self) -> dict[str, Tensor] | None:
+        """Take up the progress of the last saved state; None where there is none, so training starts anew."""
+        path = self.output / STATE
+        if not path.exists():
+            return None
+        try:
+            tensors, metadata = load_tensors(path)
+            saved = json.loads(metadata["config"])
+            progress = Progress(**json.loads(metadata["progress"]))
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            raise TrainingError(f"cannot resume from {path}: {error}") from error
+        now = dataclasses.asdict(self.config)
+        changed = [key for key in now if key not in FREE_OPTIONS and saved.get(key) != now[key]]
+        if changed:
+            was = ", ".join(f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in changed)
+            raise TrainingError(f"cannot resume {self.output} with other options: {was}")
+        self.progress = progress
+        if self.history:
+            self.history.steps = progress.total_steps
+        return tensors
+
+    def fill(self, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+        """Put saved tensors back into the model, its average and the optimiser."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+        self.model.load_state_dict(part("model/"))
+        self.average.load_state_dict(part("average/"))
+        parameters = dict(self.model.named_parameters())
+        for key, tensor in part("optimiser/").items():
+            kind, name = key.split("/", 1)
+            place = "cpu" if kind == "step" and self.model.device.type == "cpu" else self.model.device
+            optimiser.state[parameters[name]][kind] = tensor.to(place)
+
+    @contextmanager
+    def graceful_stop(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the run after the step under way, its state saved."""
+
+        def request(*_: Any) -> None:
+            self.stop_requested = True
+
+        before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
