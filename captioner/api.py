@@ -1,7 +1,6 @@
 """Captions for people: `Captioner` takes photographs, `Caption` is what it says of one."""
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -125,8 +124,7 @@ class Caption:
                 for word, log_probability in zip(self.words, self.word_log_probabilities, strict=False)
             ],
             "alternatives": [
-                {"caption": str(other), "log_probability": other.log_probability}
-                for other in self.alternatives
+                {"caption": str(other), "log_probability": other.log_probability} for other in self.alternatives
             ],
         }
         if attention:

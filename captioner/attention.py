@@ -61,9 +61,7 @@ class AdditiveAttention(Attention):
         super().__init__()
         self.W = nn.Linear(channels, attention_size)
         self.U = nn.Linear(hidden_size, attention_size, bias=False)
-        self.v = nn.Linear(
-            attention_size, 1, bias=False
-        )  # a bias would shift all scores alike: softmax undoes it
+        self.v = nn.Linear(attention_size, 1, bias=False)  # a bias would shift all scores alike: softmax undoes it
 
     def keys(self, annotations: Tensor) -> Tensor:
         """W a_i for every region, (images, regions, attention_size)."""

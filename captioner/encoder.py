@@ -95,9 +95,7 @@ class Encoder(nn.Module):
         """
         trainable = False
         for name, parameter in self.body.named_parameters():
-            trainable = trainable or (
-                block is not None and f"{name}.".startswith(f"{block}." if block else "")
-            )
+            trainable = trainable or (block is not None and f"{name}.".startswith(f"{block}." if block else ""))
             parameter.requires_grad_(trainable)
         if block is not None and not trainable:
             blocks = sorted({".".join(name.split(".")[:2]) for name, _ in self.body.named_parameters()})
@@ -112,9 +110,7 @@ def build_network(name: str, weights: str | Path | None) -> nn.Module:
         else:
             network = torchvision.models.get_model(name, weights=str(weights))
     except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"torchvision has no model {name!r} with weights {str(weights)!r}: {error}"
-        ) from error
+        raise ValueError(f"torchvision has no model {name!r} with weights {str(weights)!r}: {error}") from error
     if weights is not None and Path(weights).suffix:
         load_network_weights(network, Path(weights))
     return network

@@ -25,9 +25,7 @@ from captioner.vocabulary import END, PAD, START
 from training.losses import caption_loss
 
 
-def tutorial_step(
-    decoder: AttentionLSTM, annotations: Tensor, state: State, words: Tensor
-) -> tuple[Tensor, State]:
+def tutorial_step(decoder: AttentionLSTM, annotations: Tensor, state: State, words: Tensor) -> tuple[Tensor, State]:
     """One step for a batch of captions, each with its annotation vectors; everything is computed anew.
 
     annotations (captions, regions, channels), state (captions, hidden), words (captions,).
@@ -36,9 +34,7 @@ def tutorial_step(
     scores = decoder.attention.scores(state.hidden[:, None], decoder.attention.keys(annotations)).squeeze(1)
     alpha = scores.softmax(dim=1)
     context = torch.sigmoid(decoder.beta(state.hidden)) * (annotations * alpha.unsqueeze(2)).sum(dim=1)
-    gates = decoder.word_to_gates(embedded) + decoder.state_to_gates(
-        torch.cat([context, state.hidden], dim=1)
-    )
+    gates = decoder.word_to_gates(embedded) + decoder.state_to_gates(torch.cat([context, state.hidden], dim=1))
     write, forget, read, candidate = gates.chunk(4, dim=1)
     cell = torch.sigmoid(forget) * state.cell + torch.sigmoid(write) * torch.tanh(candidate)
     state = State(torch.sigmoid(read) * torch.tanh(cell), cell)
@@ -52,9 +48,7 @@ def tutorial_loss(model: ShowAttendTell, images: Tensor, captions: Tensor) -> Te
     order = lengths.argsort(descending=True)
     annotations, captions, lengths = annotations[order], captions[order], lengths[order]
     mean = annotations.mean(dim=1)
-    state = State(
-        torch.tanh(model.decoder.initial_hidden(mean)), torch.tanh(model.decoder.initial_cell(mean))
-    )
+    state = State(torch.tanh(model.decoder.initial_hidden(mean)), torch.tanh(model.decoder.initial_cell(mean)))
     loss = annotations.new_zeros(())
     for t in range(int(lengths.max())):
         rows = int((lengths > t).sum())
@@ -82,9 +76,7 @@ def tutorial_beam(model: ShowAttendTell, image: Tensor, beam_size: int, max_leng
         state = State(torch.stack([beam[2] for beam in growing]), torch.stack([beam[3] for beam in growing]))
         words = torch.tensor([beam[1][-1] for beam in growing], device=image.device)
         logits, state = tutorial_step(decoder, annotations.expand(len(growing), -1, -1), state, words)
-        logits = allowed(
-            logits[None], torch.empty(1, len(growing), len(growing[0][1]) - 1, dtype=torch.long), 0
-        )[0]
+        logits = allowed(logits[None], torch.empty(1, len(growing), len(growing[0][1]) - 1, dtype=torch.long), 0)[0]
         best = logits.log_softmax(dim=1).topk(beam_size, dim=1)
         for row, beam in enumerate(growing):
             for value, word in zip(best.values[row].tolist(), best.indices[row].tolist(), strict=True):
@@ -142,12 +134,8 @@ def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: in
         encoder_one = seconds(lambda: model.encoder(one), repeats)
         encoder_batch = seconds(lambda: model.encoder(pixels), repeats)
         caption_one = seconds(lambda: beam_search(model.decoder, model.annotate(one), beam_size=5), repeats)
-        caption_batch = seconds(
-            lambda: beam_search(model.decoder, model.annotate(pixels), beam_size=5), repeats
-        )
-        tutorial_batch = seconds(
-            lambda: [tutorial_beam(model, pixels[i : i + 1], 5, 20) for i in range(images)], 1
-        )
+        caption_batch = seconds(lambda: beam_search(model.decoder, model.annotate(pixels), beam_size=5), repeats)
+        tutorial_batch = seconds(lambda: [tutorial_beam(model, pixels[i : i + 1], 5, 20) for i in range(images)], 1)
         features = model.encoder(pixels)
 
     model.encoder.train_from(None)

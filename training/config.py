@@ -32,9 +32,7 @@ class TrainConfig:
     grid: int = option(7, "rows and columns of regions")
     image_size: int = option(224, "height and width that images are resized to, in pixels")
     attention: str = option("additive", "attention mechanism")
-    annotation_size: int = option(
-        512, "size of projected annotation vectors; 0: the encoder's own, as in the paper"
-    )
+    annotation_size: int = option(512, "size of projected annotation vectors; 0: the encoder's own, as in the paper")
     attention_size: int = option(512, "size of the space in which attention compares")
     embedding_size: int = option(512, "size of word embeddings")
     hidden_size: int = option(512, "size of the LSTM's state")
@@ -49,28 +47,18 @@ class TrainConfig:
     finetune_epochs: int = option(10, "stage two: epochs that tune the encoder too")
     finetune_learning_rate: float = option(4e-4, "stage two: peak learning rate of the decoder")
     encoder_learning_rate: float = option(1e-4, "stage two: peak learning rate of the encoder")
-    finetune_from: str = option(
-        "", "stage two: first block of the encoder to tune, such as features.4; empty: all"
-    )
-    augment: bool = option(
-        True, "stage two: random crops, flips (never where a caption says left or right), colours"
-    )
+    finetune_from: str = option("", "stage two: first block of the encoder to tune, such as features.4; empty: all")
+    augment: bool = option(True, "stage two: random crops, flips (never where a caption says left or right), colours")
     batch_size: int = option(32, "images in a batch, over all processes; each comes with all its captions")
     warmup_steps: int = option(200, "steps over which each stage's learning rate rises to its peak")
     final_rate: float = option(0.05, "share of the peak that the cosine ends each stage with")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices and kernels only")
     clip_norm: float = option(5.0, "gradients are scaled down to this norm")
     label_smoothing: float = option(0.1, "probability spread over all words in the targets")
-    doubly_stochastic: float = option(
-        0.005, "weight of the doubly stochastic attention term, lambda in the paper"
-    )
-    ema_decay: float = option(
-        0.998, "decay of the moving average of the weights, which is what is scored and saved"
-    )
+    doubly_stochastic: float = option(0.005, "weight of the doubly stochastic attention term, lambda in the paper")
+    ema_decay: float = option(0.998, "decay of the moving average of the weights, which is what is scored and saved")
 
-    monitor: str = option(
-        "CIDEr", "score of decoded dev captions that picks the best model", ("CIDEr", "BLEU-4")
-    )
+    monitor: str = option("CIDEr", "score of decoded dev captions that picks the best model", ("CIDEr", "BLEU-4"))
     monitor_beam: int = option(3, "beam size of that decoding")
     patience: int = option(5, "a stage ends after this many epochs without a better score")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from captioner.images import ImageError, Preprocessing, load_image
 from tqdm import tqdm
 
 from captioner.encoder import Encoder
-from captioner.images import ImageError, Preprocessing, load_image
 from training.datasets import CaptionedImage
 from training.distributed import Distributed
 
@@ -48,18 +48,14 @@ def cached_features(
         np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape).flush()
     distributed.barrier()
     features = np.lib.format.open_memmap(temporary, mode="r+")
-    batches = [
-        range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)
-    ]
+    batches = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
     device = next(encoder.parameters()).device
     with ThreadPoolExecutor() as threads, torch.inference_mode():
         for batch in tqdm(
             batches[distributed.rank :: distributed.size], "features", disable=distributed.quiet, unit="batch"
         ):
             images = list(threads.map(load_image, (items[index].path for index in batch)))
-            features[batch.start : batch.stop] = (
-                encoder(preprocessing(images).to(device)).half().cpu().numpy()
-            )
+            features[batch.start : batch.stop] = encoder(preprocessing(images).to(device)).half().cpu().numpy()
     features.flush()
     distributed.barrier()
     if distributed.is_first:
@@ -92,8 +88,6 @@ def readable(items: Sequence[CaptionedImage], quiet: bool) -> tuple[list[Caption
         return None
 
     with ThreadPoolExecutor() as threads:
-        problems = list(
-            tqdm(threads.map(problem, items), "checking images", len(items), disable=quiet, unit="image")
-        )
+        problems = list(tqdm(threads.map(problem, items), "checking images", len(items), disable=quiet, unit="image"))
     good = [item for item, reason in zip(items, problems, strict=True) if reason is None]
     return good, [reason for reason in problems if reason is not None]

@@ -24,9 +24,7 @@ def caption_loss(
     cross_entropy = nn.functional.cross_entropy(
         output.logits, output.targets, label_smoothing=label_smoothing, reduction="sum"
     )
-    looked_at = output.alpha.sum(dim=2).mean(
-        dim=2
-    )  # over the words, then over the heads: (images, rows, regions)
+    looked_at = output.alpha.sum(dim=2).mean(dim=2)  # over the words, then over the heads: (images, rows, regions)
     said = output.alpha.detach().sum(dim=(2, 3, 4)) > 0  # rows that are only padding have no caption
     uneven = ((1 - looked_at).square().sum(dim=-1) * said).sum()
     return cross_entropy / max(words, 1) + doubly_stochastic * uneven / max(captions, 1)

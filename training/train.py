@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from captioner.images import Preprocessing
 
 from captioner.checkpoint import CheckpointError
-from captioner.images import Preprocessing
 from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training.batches import FeatureSource, ImageSource
@@ -66,8 +66,7 @@ def train(config: TrainConfig, processes: Distributed) -> float:
     if config.epochs > 0:
         cache = Path(config.cache) if config.cache else default_cache()
         train_features, dev_features = (
-            cached_features(model.encoder, items, preprocessing, cache, processes)
-            for items in (train_items, dev_items)
+            cached_features(model.encoder, items, preprocessing, cache, processes) for items in (train_items, dev_items)
         )
         frozen = (FeatureSource(train_features), FeatureSource(dev_features))
         stages.append(Stage("frozen encoder", config.epochs, config.learning_rate, 0.0, None, *frozen))
@@ -92,9 +91,7 @@ def train(config: TrainConfig, processes: Distributed) -> float:
     return best
 
 
-def load_items(
-    config: TrainConfig, processes: Distributed
-) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
     """The training and dev items that can be used; what cannot is counted and reported."""
     dataset = read_dataset(config.data, config.root)
     splits = {}

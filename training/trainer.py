@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from captioner.images import Preprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -26,7 +27,6 @@ from captioner.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from captioner.images import Preprocessing
 from captioner.model import ShowAttendTell
 from captioner.search import beam_search
 from captioner.vocabulary import Vocabulary
@@ -272,9 +272,7 @@ class Trainer:
             "images_per_second": len(self.names) / max(progress.seconds, 1e-9),
         }
         progress.history.append(row)
-        log.info(
-            "%s", "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-        )
+        log.info("%s", "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         better = scores[config.monitor] > progress.best
         progress.stale = 0 if better else progress.stale + 1
         if better:
@@ -292,9 +290,7 @@ class Trainer:
         distributed, model = self.distributed, self.average.module.eval()
         indices = list(range(len(self.references)))[distributed.rank :: distributed.size]
         found: dict[int, list[str]] = {}
-        for start in tqdm(
-            range(0, len(indices), 32), "captioning dev", disable=distributed.quiet, leave=False
-        ):
+        for start in tqdm(range(0, len(indices), 32), "captioning dev", disable=distributed.quiet, leave=False):
             share = indices[start : start + 32]
             with torch.inference_mode():
                 annotations = model.annotate(stage.dev.load(share, 0).to(distributed.device))
@@ -322,9 +318,7 @@ class Trainer:
                 chosen = [parameter for parameter in own if (parameter.dim() > 1) == (decay > 0)]
                 if chosen:
                     groups.append({"params": chosen, "weight_decay": decay, "peak": peak})
-        return torch.optim.AdamW(
-            groups, lr=stage.learning_rate, fused=self.model.device.type in ("cpu", "cuda")
-        )
+        return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=self.model.device.type in ("cpu", "cuda"))
 
     def rate(self, step: int, total: int) -> float:
         """The learning rate as a share of its peak: a linear warm-up, then a cosine."""
@@ -353,9 +347,7 @@ class Trainer:
         }
         try:
             with replacing(self.output / STATE) as (path,):
-                save_tensors(
-                    path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata
-                )
+                save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
         except OSError as error:
             raise TrainingError(
                 f"cannot save the training state in {self.output}: {error.strerror or error}; "
