@@ -98,7 +98,7 @@ def beam_search(
     total = torch.full_like(found.scores, NEVER)
     total[:, 0] = 0.0
 
-    for t in range(max_length):
+    for _ in range(max_length):
         step = decoder.step(scene, state, said)
         log_probabilities = allowed(step.logits, found.words, block_ngrams).log_softmax(dim=-1)
         ended = (said == END) | (said == PAD)

@@ -7,9 +7,9 @@ from typing import Any
 # What pycocoevalcap's PTBTokenizer drops, and brackets and double quotes as they are typed.
 PUNCTUATION = frozenset("'' ' `` ` . ? ! , : - -- ... ; \" ( ) [ ] { }".split())
 
-_STRAIGHT_QUOTES = str.maketrans("‘’“”", "''\"\"")
-# A full stop inside a caption ends a sentence, except after initials ("d.c.") and titles ("mr.").
-_FINISHED_WORD = re.compile(r"(?!(?:mr|mrs|ms|dr|st|jr|sr|vs)\.)[^.]{2,}\.")
+_TYPEWRITER = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": " - ", "—": " - ", "…": " ... "})
+# A full stop ends a sentence inside a caption too, except after initials ("d.c.") and titles ("mr.").
+_LAST_WORD = re.compile(r"(?<!\S)(?!(?:mr|mrs|ms|dr|st|jr|sr|vs)\.)([^\s.]{2,})\.(?=[\"')]*(?:\s|$))")
 
 
 @cache
@@ -30,6 +30,6 @@ def tokenize(caption: str) -> list[str]:
     Args:
         caption: any text; an empty one has no words.
     """
-    words = _tokenizer().tokenize(caption.lower().translate(_STRAIGHT_QUOTES))
-    words = [word[:-1] if _FINISHED_WORD.fullmatch(word) else word for word in words]
+    text = _LAST_WORD.sub(r"\1 .", caption.lower().translate(_TYPEWRITER))
+    words = _tokenizer().tokenize(text + " .")  # or NLTK takes the last stop of "Washington D.C."
     return [word for word in words if word not in PUNCTUATION]
