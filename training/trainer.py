@@ -383,11 +383,13 @@ class Trainer:
 
         self.model.load_state_dict(part("model/"))
         self.average.load_state_dict(part("average/"))
-        parameters = dict(self.model.named_parameters())
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        order = [names[parameter] for group in optimiser.param_groups for parameter in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in part("optimiser/").items():
             kind, name = key.split("/", 1)
-            place = "cpu" if kind == "step" and self.model.device.type == "cpu" else self.model.device
-            optimiser.state[parameters[name]][kind] = tensor.to(place)
+            state.setdefault(order.index(name), {})[kind] = tensor
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
     @contextmanager
     def graceful_stop(self) -> Iterator[None]:

@@ -1,0 +1,42 @@
+"""The benchmark compares implementations that give the same numbers."""
+
+import json
+
+import pytest
+import torch
+
+from captioner.api import Captioner
+from captioner.checkpoint import Checkpoint
+from captioner.images import Preprocessing
+from captioner.model import ModelConfig, ShowAttendTell
+from captioner.vocabulary import Vocabulary
+from training import benchmark
+
+
+@pytest.fixture(scope="module")
+def small() -> Captioner:
+    torch.manual_seed(0)
+    vocabulary = Vocabulary([f"word{i}" for i in range(40)])
+    sizes = {"annotation_size": 16, "attention_size": 16, "embedding_size": 16, "hidden_size": 16}
+    model = ShowAttendTell(ModelConfig(len(vocabulary), grid=(2, 2), dropout=0.0, **sizes))
+    return Captioner(Checkpoint(model, vocabulary, Preprocessing(size=(64, 64))))
+
+
+def test_the_tutorial_implementation_agrees_with_ours_before_it_is_timed(small):
+    before = {name: tensor.clone() for name, tensor in small.model.state_dict().items()}
+    figures = benchmark.benchmark(small, images=3, repeats=1)
+    assert all(figure > 0 for figure in figures.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.model.state_dict().items())
+
+
+def test_a_tutorial_implementation_that_disagrees_is_not_timed(small, monkeypatch):
+    monkeypatch.setattr(benchmark, "tutorial_beam", lambda *_: [4, 2])
+    with pytest.raises(RuntimeError, match="other captions"):
+        benchmark.benchmark(small, images=2, repeats=1)
+
+
+def test_the_command_prints_its_figures_and_writes_them(small, tmp_path, capsys):
+    small.save_pretrained(tmp_path / "model")
+    output = tmp_path / "figures.json"
+    assert benchmark.main(["--model", str(tmp_path / "model"), "--images", "2", "--repeats", "1", "--output", str(output)]) == 0
+    assert len(json.loads(output.read_text())) == len(capsys.readouterr().out.strip().splitlines())
