@@ -32,4 +32,4 @@ def caption(
     Returns:
         A `Caption`, or a list of them in the order of the images.
     """
-    return _load(model, device).caption(images, **options)
+    return _load(str(model), device).caption(images, **options)

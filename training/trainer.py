@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from captioner.images import Preprocessing
@@ -281,13 +281,14 @@ class Trainer:
             self.history.epoch(progress.history)
             if better:
                 about = {"training": dataclasses.asdict(config), "dev": row}
-                model = self.average.module
-                save_checkpoint(self.output, Checkpoint(model, self.vocabulary, self.preprocessing, about))
+                save_checkpoint(
+                    self.output, Checkpoint(self.averaged_model, self.vocabulary, self.preprocessing, about)
+                )
         self.distributed.barrier()
 
     def decode(self, stage: Stage) -> list[list[str]]:
         """Captions of the dev images, each process making its share."""
-        distributed, model = self.distributed, self.average.module.eval()
+        distributed, model = self.distributed, self.averaged_model.eval()
         indices = list(range(len(self.references)))[distributed.rank :: distributed.size]
         found: dict[int, list[str]] = {}
         for start in tqdm(range(0, len(indices), 32), "captioning dev", disable=distributed.quiet, leave=False):
@@ -332,13 +333,18 @@ class Trainer:
         decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
         return torch.lerp(current, average, decay)
 
+    @property
+    def averaged_model(self) -> ShowAttendTell:
+        """The model with the averaged weights, which is what is scored and kept."""
+        return cast(ShowAttendTell, self.average.module)
+
     def save(self, optimiser: torch.optim.Optimizer) -> None:
         """Write everything that resuming needs into one file, whole or not at all."""
         if not self.distributed.is_first:
             return
         tensors = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"average/{name}": tensor for name, tensor in self.average.state_dict().items()}
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Any, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter, state in optimiser.state.items():
             tensors |= {f"optimiser/{key}/{names[parameter]}": tensor for key, tensor in state.items()}
         metadata = {
