@@ -214,11 +214,8 @@ class Captioner:
             ImageError: an image cannot be read; the message names it.
             ValueError: an option has a value that cannot be used.
         """
-        if not isinstance(images, list | tuple):
-            images = [images]
-            single = True
-        else:
-            single = False
+        single = not isinstance(images, list | tuple)
+        sources: Sequence[Any] = [images] if single else images  # type: ignore[list-item, assignment]
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         sampling = temperature is not None or top_p is not None
@@ -226,8 +223,8 @@ class Captioner:
             alternatives = 0 if sampling else beam_size - 1
         shared: dict[str, Any] = {"max_length": max_length, "block_ngrams": block_ngrams}
         captions = []
-        for first in range(0, len(images), batch_size):
-            photos = [load_image(source, max_pixels) for source in images[first : first + batch_size]]
+        for first in range(0, len(sources), batch_size):
+            photos = [load_image(source, max_pixels) for source in sources[first : first + batch_size]]
             with torch.inference_mode():
                 annotations = self.model.annotate(self.preprocessing(photos).to(self.model.device))
             if sampling:
