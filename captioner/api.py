@@ -215,7 +215,7 @@ class Captioner:
             ValueError: an option has a value that cannot be used.
         """
         single = not isinstance(images, list | tuple)
-        sources: Sequence[Any] = [images] if single else images  # type: ignore[list-item, assignment]
+        sources: Sequence[Any] = [images] if single else images  # type: ignore[assignment]
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         sampling = temperature is not None or top_p is not None

@@ -125,7 +125,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = to_eight_bits(image)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        # From grey with premultiplied alpha Pillow knows one way out only.
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
