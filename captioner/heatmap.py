@@ -1,0 +1,201 @@
+"""Attention weights as pictures: overlays, figures and animations, with Pillow and NumPy alone."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Perceptually uniform colour maps (viridis and its sisters, CC0), by 17 evenly spaced colours each; what lies
+# between is interpolated, within seven levels of the originals.
+ANCHORS = {
+    "viridis": "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d "
+    "aadc32 d5e21a fde725",
+    "magma": "000004 0a0822 1d1147 36106b 51127c 6a1c81 832681 9c2e7f b73779 cf4070 e55064 f4695c fb8761 fea571 "
+    "fec287 fde0a1 fcfdbf",
+    "inferno": "000004 0b0724 210c4a 3d0965 57106e 71196e 8a226a a32c61 bc3754 d04545 e35933 f1711f f98c0a fcaa0f "
+    "f9c932 f2e865 fcffa4",
+}
+
+
+def overlay(image: Image.Image, weights: np.ndarray, strength: float = 0.65, colours: str = "inferno") -> Image.Image:
+    """The image with the places of large weight lit up and the others darkened.
+
+    Args:
+        image: the photograph, RGB.
+        weights: (rows, columns) attention weights of one word over the whole image.
+        strength: how much of the photograph the colours cover where the weight is largest, 0 to 1.
+        colours: "viridis", "magma" or "inferno".
+
+    Returns:
+        An RGB image of the size of `image`.
+
+    Raises:
+        ValueError: the weights are no map, or there is no such colour map.
+    """
+    heat = upsample(weights, image.size)
+    coloured = colour_table(colours)[(255 * heat).round().astype(np.uint8)]
+    photo = np.asarray(image.convert("RGB"), dtype=np.float32)
+    # Attended places are lit in the map's bright colours; the rest is dimmed, but stays recognisable.
+    dimmed = photo * (1 - 0.55 * strength * (1 - heat[..., None]))
+    cover = strength * heat[..., None]
+    return Image.fromarray((dimmed * (1 - cover) + coloured * cover).clip(0, 255).astype(np.uint8))
+
+
+def upsample(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Weights (rows, columns) as a smooth map (height, width) whose largest value is 1.
+
+    Args:
+        size: width and height in pixels.
+
+    Raises:
+        ValueError: the weights are not a 2-D array of numbers of which none is negative and one is positive.
+    """
+    weights = np.asarray(weights, dtype=np.float32)
+    if weights.ndim != 2 or 0 in weights.shape:
+        raise ValueError(f"attention weights should have the shape (rows, columns), not {weights.shape}")
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
+        raise ValueError("attention weights should be finite and not negative, and one of them above zero")
+    smooth = np.asarray(Image.fromarray(weights / weights.max()).resize(size, Image.Resampling.BICUBIC))
+    return (smooth / smooth.max()).clip(0, 1)
+
+
+def colour_table(name: str) -> np.ndarray:
+    """A colour map as (256, 3) numbers from 0 to 255.
+
+    Raises:
+        ValueError: there is no such colour map.
+    """
+    if name not in ANCHORS:
+        raise ValueError(f"no colour map {name!r}; choose one of {', '.join(ANCHORS)}")
+    anchors = np.array([list(bytes.fromhex(colour)) for colour in ANCHORS[name].split()], dtype=np.float32)
+    places = np.linspace(0, 255, len(anchors)).round()
+    return np.stack([np.interp(np.arange(256), places, channel) for channel in anchors.T], axis=1).astype(np.float32)
+
+
+def figure(
+    image: Image.Image,
+    words: Sequence[str],
+    attention: np.ndarray,
+    *,
+    tile: int = 224,
+    columns: int | None = None,
+    strength: float = 0.65,
+    colours: str = "inferno",
+) -> Image.Image:
+    """The photograph, then every word over its map, in a grid (Xu et al. 2015, figure 2).
+
+    Args:
+        image: the photograph.
+        words: the T words.
+        attention: (T, rows, columns).
+        tile: width of one picture in pixels.
+        columns: pictures in a row; by default about as many as make the figure twice as wide as high.
+        strength, colours: see `overlay`.
+
+    Raises:
+        ValueError: there is not one map for each word.
+    """
+    check_maps(words, attention)
+    photo = shrink(image, tile)
+    label = max(14, tile // 9)
+    count = len(words) + 1
+    if columns is None:
+        columns = min(count, max(3, math.ceil(math.sqrt(2 * count * (photo.height + label) / photo.width))))
+    gap = max(2, tile // 40)
+    step_x, step_y = photo.width + gap, photo.height + label + gap
+    canvas = Image.new("RGB", (columns * step_x - gap, math.ceil(count / columns) * step_y - gap), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=label * 0.72)
+    for number in range(count):
+        x, y = number % columns * step_x, number // columns * step_y
+        if number == 0:
+            canvas.paste(photo, (x, y + label))
+        else:
+            canvas.paste(overlay(photo, attention[number - 1], strength, colours), (x, y + label))
+            draw.text((x + photo.width / 2, y + label / 2), words[number - 1], "black", font, anchor="mm")
+    return canvas
+
+
+def animation(
+    image: Image.Image,
+    words: Sequence[str],
+    attention: np.ndarray,
+    *,
+    width: int = 480,
+    strength: float = 0.65,
+    colours: str = "inferno",
+) -> list[Image.Image]:
+    """One frame a word: the photograph under the word's map, and the sentence below it, the word in black.
+
+    Args:
+        image, words, attention, strength, colours: as in `figure`.
+        width: of the frames, in pixels.
+
+    Raises:
+        ValueError: there is not one map for each word.
+    """
+    check_maps(words, attention)
+    photo = shrink(image, width)
+    font = ImageFont.load_default(size=width / 22)
+    lines = wrap(words, font, photo.width - 16)
+    height = math.ceil(width / 16)
+    frames = []
+    for current in range(len(words)):
+        frame = Image.new("RGB", (photo.width, photo.height + height * len(lines) + 12), "white")
+        frame.paste(overlay(photo, attention[current], strength, colours))
+        draw = ImageDraw.Draw(frame)
+        for number, line in enumerate(lines):
+            x = 8.0
+            for index in line:
+                colour = "black" if index == current else "#8a8a8a"
+                draw.text((x, photo.height + 6 + number * height), words[index], colour, font)
+                x += font.getlength(words[index] + " ")
+        frames.append(frame)
+    return frames
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike[str], seconds_per_word: float = 0.7) -> None:
+    """Write frames as an endless animation, in the format that the file's suffix names.
+
+    Args:
+        frames: at least one.
+        path: a .gif, .webp or .png file.
+
+    Raises:
+        ValueError: there is no frame, or the suffix is another.
+    """
+    if not frames:
+        raise ValueError("an animation needs at least one frame; the caption has no word")
+    if Path(path).suffix.lower() not in (".gif", ".webp", ".png"):
+        raise ValueError(f"cannot write an animation to {os.fspath(path)!r}; use .gif, .webp or .png")
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 * seconds_per_word), loop=0)
+
+
+def wrap(words: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[list[int]]:
+    """The words' positions in lines that are no wider than `width` pixels; a longer word has a line to itself."""
+    lines: list[list[int]] = [[]]
+    used = 0.0
+    for index, word in enumerate(words):
+        length = font.getlength(word + " ")
+        if lines[-1] and used + length > width:
+            lines.append([])
+            used = 0.0
+        lines[-1].append(index)
+        used += length
+    return lines
+
+
+def shrink(image: Image.Image, width: int) -> Image.Image:
+    """The image in RGB and of that width, in its own proportions."""
+    height = max(1, round(image.height * width / image.width))
+    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+def check_maps(words: Sequence[str], attention: np.ndarray) -> None:
+    """Raise ValueError unless there is one map for each word."""
+    if np.ndim(attention) != 3 or len(attention) != len(words):
+        raise ValueError(
+            f"{len(words)} words need attention of shape ({len(words)}, rows, columns), not {np.shape(attention)}"
+        )
