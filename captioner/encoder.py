@@ -7,8 +7,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-# The last feature map that still has a place for everything: what to read unless the user names another node.
-# vgg19 is read before its last pooling, as in the paper: 14 x 14 places for a 224 x 224 image.
+# Where the last feature map is, for families in which it is not called "features".
 DEFAULT_NODES = {
     "vgg": "features.{last_relu}",
     "resnet": "layer4",
@@ -111,6 +110,10 @@ def build_network(name: str, weights: str | Path | None) -> nn.Module:
             network = torchvision.models.get_model(name, weights=str(weights))
     except (ValueError, KeyError) as error:
         raise ValueError(f"torchvision has no model {name!r} with weights {str(weights)!r}: {error}") from error
+    except OSError as error:
+        raise ValueError(
+            f"cannot download the weights {str(weights)!r} of {name}: {error}; give the path of a file instead"
+        ) from error
     if weights is not None and Path(weights).suffix:
         load_network_weights(network, Path(weights))
     return network
@@ -133,9 +136,11 @@ def load_network_weights(network: nn.Module, path: Path) -> None:
 
 
 def default_node(name: str, network: nn.Module) -> str:
-    """The node that gives the last feature map of a torchvision network."""
-    family = next((prefix for prefix in DEFAULT_NODES if name.startswith(prefix)), None)
-    if family == "vgg":
+    """The node that gives a torchvision network's last feature map; in VGG the one before the last pooling.
+
+    That is the paper's choice: 14 x 14 places for a 224 x 224 image.
+    """
+    if name.startswith("vgg"):
         relus = [i for i, layer in enumerate(network.features) if isinstance(layer, nn.ReLU)]  # type: ignore[arg-type]
         return f"features.{relus[-1]}"
-    return DEFAULT_NODES[family] if family else "features"
+    return next((node for family, node in DEFAULT_NODES.items() if name.startswith(family)), "features")
