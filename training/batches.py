@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from captioner.images import Preprocessing, load_image
 from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from captioner.images import Preprocessing, load_image
 from captioner.vocabulary import PAD, Vocabulary
 from training.datasets import CaptionedImage
 from training.words import tokenize

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from captioner.images import ImageError, Preprocessing, load_image
 from tqdm import tqdm
 
 from captioner.encoder import Encoder
+from captioner.images import ImageError, Preprocessing, load_image
 from training.datasets import CaptionedImage
 from training.distributed import Distributed
 

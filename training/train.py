@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from captioner.images import Preprocessing
 
 from captioner.checkpoint import CheckpointError
+from captioner.images import Preprocessing
 from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training.batches import FeatureSource, ImageSource

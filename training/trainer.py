@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from captioner.images import Preprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -27,6 +26,7 @@ from captioner.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
+from captioner.images import Preprocessing
 from captioner.model import ShowAttendTell
 from captioner.search import beam_search
 from captioner.vocabulary import Vocabulary

@@ -1,0 +1,97 @@
+"""The page that shows an evaluation: photographs, captions, references and heatmaps, worst and best first."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from captioner.api import Caption
+from captioner.checkpoint import replacing
+from training.datasets import CaptionedImage
+
+if TYPE_CHECKING:
+    from training.evaluate import Evaluation
+
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1rem }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { border: 1px solid #8886; padding: .2rem .6rem; text-align: right }
+article { border-top: 1px solid #8886; padding: 1rem 0 }
+h3 { font-size: 1.3rem; margin: 0 }
+img { max-width: 100%; height: auto; border-radius: 4px }
+ul { margin: .3rem 0 }
+.scores { opacity: .75 }
+"""
+
+
+def write_report(
+    path: Path, title: str, table: str, evaluation: "Evaluation", items: Sequence[CaptionedImage], most: int = 50
+) -> None:
+    """Write one page that needs no other file and no network.
+
+    Args:
+        path: the page's file.
+        title: its heading.
+        table: the figures, as a Markdown table.
+        evaluation: the captions and scores to show.
+        items: the images with their references.
+        most: images shown in each of the two sections, the worst and the best by CIDEr.
+    """
+    scores = evaluation.scores.per_image
+    shown = [item for item in items if str(item.path) in evaluation.captions]
+    ranked = sorted(shown, key=lambda item: scores[str(item.path)]["CIDEr"])
+    worst, best = ranked[:most], ranked[::-1][:most]
+    left_out = "".join(
+        f"<p>{html.escape(metric)} left out: {html.escape(why)}</p>"
+        for metric, why in evaluation.scores.left_out.items()
+    )
+    sections = "".join(
+        f'<h2 id="{name}">The {len(chosen)} {name}</h2>\n'
+        + "".join(entry(item, evaluation.captions[str(item.path)], scores[str(item.path)]) for item in chosen)
+        for name, chosen in (("worst", worst), ("best", best))
+    )
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+{html_table(table)}
+{left_out}
+<p>Below: beam {evaluation.beam_size}, ranked by each caption's own CIDEr.
+<a href="#worst">The worst</a> · <a href="#best">The best</a></p>
+{sections}</body></html>
+"""
+    with replacing(path) as (temporary,):
+        temporary.write_text(page, "utf-8")
+
+
+def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> str:
+    """One photograph with all there is to say of it."""
+    references = "".join(f"<li>{html.escape(reference)}</li>" for reference in item.captions)
+    figures = " · ".join(f"{name} {100 * value:.0f}" for name, value in scores.items() if name[:4] != "BLEU")
+    picture = caption.figure(tile=160) if caption.words else caption.image
+    return f"""<article>
+<h3>{html.escape(caption.sentence())}</h3>
+<p class="scores">{html.escape(item.path.name)} · {figures} · confidence {caption.confidence:.2f}</p>
+<img alt="{html.escape(str(caption))}" src="{data_uri(picture)}" loading="lazy">
+<ul>{references}</ul>
+</article>
+"""
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as a JPEG inside an address."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def html_table(markdown: str) -> str:
+    """A Markdown table in HTML."""
+    head, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
+    return "<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + f"</tr>{rows}</table>"
