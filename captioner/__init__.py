@@ -5,31 +5,39 @@ print(caption("photo.jpg"))
 """
 
 import functools
+import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from captioner.api import DEFAULT_MODEL, Caption, Captioner
-from captioner.checkpoint import CheckpointError
-from captioner.images import ImageError
+if TYPE_CHECKING:
+    from captioner.api import Caption, Captioner
+    from captioner.checkpoint import CheckpointError
+    from captioner.images import ImageError
 
 __all__ = ["Caption", "Captioner", "CheckpointError", "ImageError", "caption"]
 
-# Loading takes longer than captioning: the last few models stay in memory.
-_load = functools.lru_cache(maxsize=2)(Captioner.from_pretrained)
 
-
-def caption(
-    images: Any, model: str | os.PathLike[str] = DEFAULT_MODEL, device: str | None = None, **options: Any
-) -> Any:
-    """Say what is in one image, or in each image of a list.
+def caption(images: Any, model: str | os.PathLike[str] | None = None, device: str | None = None, **options: Any) -> Any:
+    """Say what is in one image, or in each image of a list: a `Caption`, or a list of them.
 
     Args:
         images: a path, bytes, an open file, a PIL image, an array, a tensor; or a list of these.
-        model: the model to use: a folder, a name, a Hugging Face Hub id.
+        model: a folder, a name, a Hugging Face Hub id; by default the model inside the package.
         device: where to compute: "cpu", "cuda", "auto".
         options: see `Captioner.caption`.
-
-    Returns:
-        A `Caption`, or a list of them in the order of the images.
     """
-    return _load(str(model), device).caption(images, **options)
+    return _load(None if model is None else os.fspath(model), device).caption(images, **options)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(model: str | None, device: str | None) -> "Captioner":
+    # Loading takes longer than captioning: the last models stay in memory.
+    return importlib.import_module("captioner.api").Captioner.from_pretrained(model, device)
+
+
+def __getattr__(name: str) -> Any:
+    # Torch takes seconds to import: `captioner --help` should not wait for it.
+    homes = {"CheckpointError": "checkpoint", "ImageError": "images", "Caption": "api", "Captioner": "api"}
+    if name not in homes:
+        raise AttributeError(f"module 'captioner' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"captioner.{homes[name]}"), name)

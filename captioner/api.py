@@ -148,20 +148,20 @@ class Captioner:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str] = DEFAULT_MODEL, device: str | torch.device | None = None
+        cls, name: str | os.PathLike[str] | None = None, device: str | torch.device | None = None
     ) -> "Captioner":
         """Load a model.
 
         Args:
-            name: a folder, the name of the model inside the package, or a Hugging Face Hub id ("user/model"), for
-                which the extra `hub` must be installed.
+            name: a folder, or a Hugging Face Hub id ("user/model"), for which the extra `hub` must be installed; by
+                default the model inside the package, which also has the name `DEFAULT_MODEL`.
             device: where to compute; None for the CPU, "auto" for a GPU where there is one.
 
         Raises:
             CheckpointError: there is no such model, or its files are not whole.
             ValueError: there is no such device.
         """
-        return cls(load_checkpoint(find_model(name), choose_device(device)))
+        return cls(load_checkpoint(find_model(name or DEFAULT_MODEL), choose_device(device)))
 
     def save_pretrained(self, folder: str | os.PathLike[str], half: bool = False) -> None:
         """Write the model into `folder`, for `from_pretrained`.

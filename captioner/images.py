@@ -230,10 +230,16 @@ class Preprocessing:
         """
         batch = np.empty((len(images), *self.size, 3), dtype=np.uint8)
         for pixels, image in zip(batch, images, strict=True):
-            pixels[:] = np.asarray(image.resize(self.size[::-1], Image.Resampling.BILINEAR, reducing_gap=3.0))
+            pixels[:] = np.asarray(self.resize(image))
         tensor = torch.from_numpy(batch).permute(0, 3, 1, 2).float()
         mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (self.mean, self.std))
         return tensor.sub_(mean).div_(std)
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The whole image at the size that the model reads; one of that size already is returned as it is."""
+        if image.size == self.size[::-1]:
+            return image
+        return image.resize(self.size[::-1], Image.Resampling.BILINEAR, reducing_gap=3.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -1,0 +1,262 @@
+"""The `captioner` command. Everything heavy is imported after the arguments are understood."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from captioner.api import Caption, Captioner
+
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .pbm .tga".split())
+
+EPILOG = """\
+examples:
+  captioner photo.jpg
+  captioner photos/ --recursive --format jsonl --output captions.jsonl --heatmaps maps/
+  captioner *.jpg --beam-size 3 --alternatives 2
+  captioner photo.jpg --temperature 0.8 --top-p 0.9 --seed 1
+  cat photo.jpg | captioner -
+
+One named image gives its caption alone, and its alternatives on lines of their own. Several images or a folder give a
+line each: path, caption and alternatives with tabs between them, or JSON with --format jsonl.
+
+exit status: 0 all captioned, 1 some could not be, 2 wrong usage, 130 interrupted
+"""
+
+
+class Input:
+    """One image to caption.
+
+    path: where it is, or "-" for standard input.
+    name: what its heatmap is called: its path within the folder that was named.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path, self.name = path, name
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command. Returns its exit status."""
+    options = parse(arguments)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has had enough; Python must not complain when it closes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's options. Exits with status 2 and a message where they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="captioner",
+        description="Say what is in photographs, and show where the network looked for every word.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image, a folder of images, or - for stdin")
+    parser.add_argument("-r", "--recursive", action="store_true", help="also the folders within folders")
+    parser.add_argument("--format", choices=("text", "jsonl"), default="text", help="of the output (default: text)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the captions there instead of to stdout")
+    parser.add_argument("--heatmaps", metavar="DIR", help="write a picture for each image: every word over its map")
+    parser.add_argument("--model", metavar="MODEL", help="a model folder, or a Hugging Face Hub id")
+    parser.add_argument("--device", help="cpu, cuda, mps, or auto for a GPU where there is one (default: cpu)")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
+    search = parser.add_argument_group("search")
+    search.add_argument("--beam-size", type=positive, default=5, metavar="N", help="1 is greedy search (default: 5)")
+    search.add_argument("--alternatives", type=natural, default=0, metavar="N", help="other captions to show")
+    search.add_argument("--max-length", type=positive, metavar="N", help="most words in a caption")
+    search.add_argument(
+        "--temperature", type=float, metavar="T", help="draw words by chance; below 1 safer, above bolder"
+    )
+    search.add_argument("--top-p", type=float, metavar="P", help="draw only among the likeliest words that reach P")
+    search.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same captions")
+    parser.add_argument("--max-megapixels", type=float, metavar="N", help="larger images are refused (default: 100)")
+    parser.add_argument("--version", action="version", version=package_version())
+    options = parser.parse_args(arguments)
+    if options.temperature is not None and not options.temperature > 0:
+        parser.error(f"--temperature must be above 0, not {options.temperature}")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        parser.error(f"--top-p must be above 0 and at most 1, not {options.top_p}")
+    if options.images.count("-") > 1:
+        parser.error("- can be given once only")
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Caption what the options name. Returns the exit status."""
+    inputs = list(find_inputs(options.images, options.recursive))
+    if not inputs:
+        print(f"captioner: no image in {', '.join(options.images)}", file=sys.stderr)
+        return 1
+    from captioner.api import Captioner
+    from captioner.checkpoint import CheckpointError
+
+    try:
+        captioner = Captioner.from_pretrained(options.model, options.device)
+    except (CheckpointError, ValueError) as error:
+        print(f"captioner: {error}", file=sys.stderr)
+        return 2
+    try:
+        with open_output(options.output) as output:
+            failed = caption_all(captioner, inputs, options, output)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"captioner: cannot write: {error}", file=sys.stderr)
+        return 1
+    return 1 if failed else 0
+
+
+def find_inputs(named: Sequence[str], recursive: bool) -> Iterator[Input]:
+    """The images named, and those in the folders named, by their suffix and in the order of their names."""
+    for name in named:
+        if name == "-" or not os.path.isdir(name):
+            yield Input(name, "stdin" if name == "-" else os.path.basename(name))
+            continue
+        folder = Path(name)
+        for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+            if path.suffix.lower() in SUFFIXES and not path.is_dir():
+                yield Input(str(path), str(path.relative_to(folder)))
+
+
+def caption_all(captioner: "Captioner", inputs: Sequence[Input], options: argparse.Namespace, output: TextIO) -> int:
+    """Caption every input, write a line for each as soon as it is known. Returns how many failed."""
+    search = {"beam_size": options.beam_size, "alternatives": options.alternatives, "batch_size": options.batch_size}
+    for name in ("max_length", "temperature", "top_p", "seed"):
+        if getattr(options, name) is not None:
+            search[name] = getattr(options, name)
+    alone = len(options.images) == 1 and not os.path.isdir(options.images[0])
+    failed = done = 0
+    taken: set[Path] = set()
+    for batch in loaded(captioner, inputs, options):
+        photos = [image for _, image in batch if not isinstance(image, Exception)]
+        captions = iter(captioner.caption(photos, **search))
+        for item, image in batch:
+            caption = None if isinstance(image, Exception) else next(captions)
+            if caption is None:
+                failed += 1
+                say(f"captioner: {image}")
+            elif options.heatmaps and caption.words:
+                save_heatmap(caption, Path(options.heatmaps), item.name, taken)
+            output.write(line(item.path, caption, str(image), options.format, alone))
+            output.flush()
+            done += 1
+            if sys.stderr.isatty() and len(inputs) > 1:
+                print(f"\r{done}/{len(inputs)}", end="\n" if done == len(inputs) else "", file=sys.stderr, flush=True)
+    return failed
+
+
+def loaded(
+    captioner: "Captioner", inputs: Sequence[Input], options: argparse.Namespace
+) -> Iterator[list[tuple[Input, Any]]]:
+    """Batches of inputs, each with its image or the ImageError that reading it gave.
+
+    While the network works on one batch, threads read the next. Where no heatmap is wanted an image is at once
+    resized to what the model reads, so that two batches of large photographs do not fill the memory.
+    """
+    from captioner.images import MAX_PIXELS, ImageError, load_image
+
+    limit = round(options.max_megapixels * 1e6) if options.max_megapixels else MAX_PIXELS
+
+    def load(item: Input) -> Any:
+        try:
+            image = load_image(sys.stdin.buffer.read() if item.path == "-" else item.path, limit)
+        except ImageError as error:
+            return error
+        return image if options.heatmaps else captioner.preprocessing.resize(image)
+
+    batches = [inputs[first : first + options.batch_size] for first in range(0, len(inputs), options.batch_size)]
+    with ThreadPoolExecutor() as threads:
+        try:
+            ahead = [threads.submit(load, item) for item in batches[0]]
+            for number, batch in enumerate(batches):
+                current = ahead
+                following = batches[number + 1] if number + 1 < len(batches) else []
+                ahead = [threads.submit(load, item) for item in following]
+                yield [(item, future.result()) for item, future in zip(batch, current, strict=True)]
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def line(path: str, caption: "Caption | None", error: str, style: str, alone: bool) -> str:
+    """What is written of one image; nothing for a failed one in text, since the error is on stderr."""
+    if style == "jsonl":
+        return json.dumps({"path": path, **({"error": error} if caption is None else caption.to_dict())}) + "\n"
+    if caption is None:
+        return ""
+    captions = [str(caption), *map(str, caption.alternatives)]
+    if alone:
+        return "".join(f"{text}\n" for text in captions)
+    # A name with a tab or a newline in it must not look like another column or line.
+    escaped = path.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+    return "\t".join([escaped, *captions]) + "\n"
+
+
+def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path]) -> None:
+    """Write the figure of a caption to `folder`/`name`.png, with a number where that name is taken in this run."""
+    path = folder / f"{name}.png"
+    number = 2
+    while path in taken:
+        path = folder / f"{name}-{number}.png"
+        number += 1
+    taken.add(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    caption.figure().save(path)
+
+
+@contextlib.contextmanager
+def open_output(path: str | None) -> Iterator[TextIO]:
+    """The file to write captions to, or standard output. File names that are no UTF-8 pass through as they are."""
+    if path:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+    else:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="surrogateescape")
+        yield sys.stdout
+
+
+def say(message: str) -> None:
+    """Write a line to stderr, on a fresh line where a counter stands there."""
+    text = message.encode(sys.stderr.encoding or "utf-8", "backslashreplace").decode(sys.stderr.encoding or "utf-8")
+    print(f"\r{text}" if sys.stderr.isatty() else text, file=sys.stderr)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"cannot be negative, but is {number}")
+    return number
+
+
+def package_version() -> str:
+    """The version that is installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"captioner {version('captioner')}"
+    except PackageNotFoundError:
+        return "captioner, not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
