@@ -38,5 +38,8 @@ def test_a_tutorial_implementation_that_disagrees_is_not_timed(small, monkeypatc
 def test_the_command_prints_its_figures_and_writes_them(small, tmp_path, capsys):
     small.save_pretrained(tmp_path / "model")
     output = tmp_path / "figures.json"
-    assert benchmark.main(["--model", str(tmp_path / "model"), "--images", "2", "--repeats", "1", "--output", str(output)]) == 0
+    assert (
+        benchmark.main(["--model", str(tmp_path / "model"), "--images", "2", "--repeats", "1", "--output", str(output)])
+        == 0
+    )
     assert len(json.loads(output.read_text())) == len(capsys.readouterr().out.strip().splitlines())

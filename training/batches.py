@@ -162,14 +162,15 @@ class EpochBatches(Dataset[Batch]):
             batch_size=None,
             sampler=range(start, len(self)),
             num_workers=workers,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=ignore_signals,
             pin_memory=pin_memory,
         )
 
 
-def ignore_interrupts(_: int) -> None:
-    """Let Ctrl-C, which reaches every process of the terminal, be answered by the training loop alone."""
+def ignore_signals(_: int) -> None:
+    """Let a signal that reaches every process of the run be answered by the training loop alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def pad_captions(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:

@@ -20,6 +20,7 @@ STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1rem }
 table { border-collapse: collapse; display: block; overflow-x: auto }
+th { white-space: nowrap }
 td, th { border: 1px solid #8886; padding: .2rem .6rem; text-align: right }
 article { border-top: 1px solid #8886; padding: 1rem 0 }
 h3 { font-size: 1.3rem; margin: 0 }

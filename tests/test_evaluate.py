@@ -1,0 +1,122 @@
+"""Evaluation captions a split, scores it, and leaves a report that anyone can open."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from captioner.api import Captioner
+from captioner.checkpoint import Checkpoint
+from captioner.images import Preprocessing
+from captioner.model import ModelConfig, ShowAttendTell
+from captioner.vocabulary import Vocabulary
+from training import evaluate
+from training.datasets import read_dataset
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    vocabulary = Vocabulary(["a", "picture", "of", *COLOURS])
+    sizes = {"annotation_size": 16, "attention_size": 16, "embedding_size": 16, "hidden_size": 16}
+    network = ShowAttendTell(ModelConfig(len(vocabulary), grid=(2, 2), **sizes))
+    folder = tmp_path_factory.mktemp("model")
+    Captioner(Checkpoint(network, vocabulary, Preprocessing(size=(64, 64)))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Six pictures in the layout of Flickr8k's release, the last of them broken, all in the dev split."""
+    (tmp_path / "Flicker8k_Dataset").mkdir()
+    (tmp_path / "Flickr8k_text").mkdir()
+    lines = []
+    for colour in COLOURS:
+        Image.new("RGB", (40, 30), colour).save(tmp_path / "Flicker8k_Dataset" / f"{colour}.jpg")
+        lines += [f"{colour}.jpg#{n}\ta picture of <b>{colour}</b> & more" for n in range(5)]
+    broken = tmp_path / "Flicker8k_Dataset" / f"{COLOURS[-1]}.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    (tmp_path / "Flickr8k_text" / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n")
+    names = "\n".join(f"{colour}.jpg" for colour in COLOURS) + "\n"
+    (tmp_path / "Flickr8k_text" / "Flickr_8k.devImages.txt").write_text(names)
+    (tmp_path / "Flickr8k_text" / "Flickr_8k.trainImages.txt").write_text("")
+    return tmp_path
+
+
+def run(model, root, output, *more):
+    return evaluate.main(
+        ["--model", str(model), "--root", str(root), "--output", str(output), "--batch-size", "4", *more]
+    )
+
+
+def test_a_broken_image_is_named_and_the_rest_are_scored(model, root, tmp_path, capsys):
+    assert run(model, root, tmp_path / "out", "--beam-size", "1", "3") == 0
+    assert "white.jpg" in capsys.readouterr().err
+    figures = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [one["beam_size"] for one in figures["evaluations"]] == [1, 3]
+    for one in figures["evaluations"]:
+        assert one["images"] == 5
+        assert len(one["unreadable"]) == 1
+        assert 0 <= one["scores"]["BLEU-1"] <= 1
+        assert one["images_per_second"] > 0
+
+
+def test_every_caption_is_written_with_its_own_scores(model, root, tmp_path):
+    run(model, root, tmp_path / "out", "--beam-size", "2")
+    captions = json.loads((tmp_path / "out" / "captions.json").read_text())
+    assert [one["image"] for one in captions] == [f"{colour}.jpg" for colour in COLOURS[:-1]]
+    found = Captioner.from_pretrained(model).caption(root / "Flicker8k_Dataset" / "red.jpg", beam_size=2)
+    assert captions[0]["caption"] == str(found)
+    assert captions[0]["log_probability"] == pytest.approx(found.log_probability, abs=1e-4)
+    assert len(captions[0]["references"]) == 5
+    assert {"BLEU-4", "CIDEr", "ROUGE-L"} <= set(captions[0]["scores"])
+
+
+def test_the_report_needs_no_other_file_and_escapes_what_people_wrote(model, root, tmp_path):
+    run(model, root, tmp_path / "out", "--beam-size", "1")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>red</b>" not in page
+    assert "&lt;b&gt;red&lt;/b&gt; &amp; more" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert "<script" not in page
+    pictures = re.findall(r"<img [^>]*>", page)
+    assert len(pictures) == 10  # five images, each among the worst and among the best
+    assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
+
+
+def test_the_worst_stand_before_the_best(model, root, tmp_path):
+    run(model, root, tmp_path / "out", "--beam-size", "1")
+    scores = {
+        one["image"]: one["scores"]["CIDEr"] for one in json.loads((tmp_path / "out" / "captions.json").read_text())
+    }
+    worst, best = (tmp_path / "out" / "report.html").read_text().split('<h2 id="best">')
+    order = [scores[name] for name in re.findall(r"(\w+\.jpg) ·", worst)]
+    assert order == sorted(order)
+    order = [scores[name] for name in re.findall(r"(\w+\.jpg) ·", best)]
+    assert order == sorted(order, reverse=True)
+
+
+def test_one_beam_gives_the_captions_of_the_public_interface(model, root):
+    items = read_dataset("flickr8k", root).splits["dev"][:3]
+    captioner = Captioner.from_pretrained(model)
+    evaluation = evaluate.evaluate(captioner, items, beam_size=1, batch_size=2)
+    expected = captioner.caption([item.path for item in items], beam_size=1)
+    assert [str(caption) for caption in evaluation.captions.values()] == [str(caption) for caption in expected]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/model"], "no model"),
+        (["--split", "test"], "no image in its test split"),
+        (["--root", "/no/such/root"], "/no/such/root"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_clear_error(model, root, tmp_path, capsys, arguments, message):
+    assert run(model, root, tmp_path / "out", *arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
