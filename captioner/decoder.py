@@ -128,8 +128,8 @@ class AttentionLSTM(nn.Module):
         if scene.mask is None:
             mean = scene.annotations.mean(dim=1, keepdim=True)
         else:
-            share = scene.mask / scene.mask.sum(dim=1, keepdim=True)
-            mean = share[:, None, :] @ scene.annotations
+            real = scene.mask.to(scene.annotations.dtype)
+            mean = (real / real.sum(dim=1, keepdim=True))[:, None, :] @ scene.annotations
         hidden = torch.tanh(self.initial_hidden(mean))
         cell = torch.tanh(self.initial_cell(mean))
         return State(hidden.expand(-1, rows, -1), cell.expand(-1, rows, -1))

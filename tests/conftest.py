@@ -1,0 +1,46 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from captioner.api import Captioner
+from captioner.checkpoint import Checkpoint
+from captioner.images import Preprocessing
+from captioner.model import ModelConfig, ShowAttendTell
+from captioner.vocabulary import Vocabulary
+
+PHOTOS = Path(__file__).parent / "photos"
+
+
+def small_model(words: int = 40, seed: int = 0, **changes) -> ShowAttendTell:
+    """A model of the real shape and tiny size, with random weights."""
+    torch.manual_seed(seed)
+    sizes = {"annotation_size": 12, "attention_size": 10, "embedding_size": 8, "hidden_size": 9, "grid": (2, 3)}
+    return ShowAttendTell(ModelConfig(words, **(sizes | changes))).eval()
+
+
+@pytest.fixture(scope="session")
+def small() -> Captioner:
+    """A captioner with random weights whose images are 64 pixels wide and high."""
+    vocabulary = Vocabulary([f"word{number}" for number in range(36)])
+    return Captioner(Checkpoint(small_model(len(vocabulary)), vocabulary, Preprocessing(size=(64, 64)), {"a": 1}))
+
+
+@pytest.fixture(scope="session")
+def small_folder(small, tmp_path_factory) -> Path:
+    """The same captioner as a folder."""
+    folder = tmp_path_factory.mktemp("small")
+    small.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def flickr8k() -> Path:
+    """The folder of the real data set; tests that need it are skipped where it is missing."""
+    root = Path(os.environ.get("CAPTIONER_FLICKR8K", Path(__file__).parents[2] / "shared" / "flickr8k"))
+    if not root.is_dir():
+        pytest.skip(f"Flickr8k is not at {root}; set CAPTIONER_FLICKR8K")
+    return root

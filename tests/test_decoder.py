@@ -1,0 +1,143 @@
+"""The decoder is the paper's equations: checked against them written out one caption and one word at a time."""
+
+import itertools
+
+import pytest
+import torch
+
+from captioner.decoder import AttentionLSTM
+from captioner.vocabulary import END, PAD, START
+
+WORDS, CHANNELS, REGIONS = 11, 7, 5
+
+
+def decoder(tied: bool = False, dropout: float = 0.0) -> AttentionLSTM:
+    torch.manual_seed(3)
+    sizes = {"embedding_size": 6, "hidden_size": 8, "attention_size": 4}
+    network = AttentionLSTM(WORDS, CHANNELS, dropout=dropout, tie_embeddings=tied, **sizes).double()
+    with torch.no_grad():
+        network.output_bias.normal_()
+    return network
+
+
+def batch(masked: bool):
+    """Three images with captions of several lengths, one of them missing, from the longest to the shortest."""
+    generator = torch.Generator().manual_seed(4)
+    annotations = torch.randn(3, REGIONS, CHANNELS, generator=generator, dtype=torch.double)
+    captions = torch.full((3, 3, 7), PAD)
+    for image, lengths in enumerate([(5, 3, 1), (4, 4, 2), (2, 1, 0)]):
+        for row, length in enumerate(lengths):
+            if length:
+                words = torch.randint(4, WORDS, (length,), generator=generator).tolist()
+                captions[image, row, : length + 2] = torch.tensor([START, *words, END])
+    mask = torch.ones(3, REGIONS, dtype=torch.bool)
+    mask[0, 3:], mask[2, 1] = False, False
+    return annotations, captions, mask if masked else None
+
+
+def by_the_equations(net: AttentionLSTM, annotations, captions, mask):
+    """Logits and attention weights of every word of every caption, in order, straight from the paper."""
+    E = net.embedding.weight
+    output = E if net.output_weight is None else net.output_weight
+    all_logits, all_alpha = [], []
+    for image in range(captions.shape[0]):
+        seen = [i for i in range(REGIONS) if mask is None or mask[image, i]]
+        a = [annotations[image, i] for i in seen]
+        for caption in captions[image].tolist():
+            mean = sum(a) / len(a)
+            h = torch.tanh(net.initial_hidden.weight @ mean + net.initial_hidden.bias)
+            c = torch.tanh(net.initial_cell.weight @ mean + net.initial_cell.bias)
+            for previous, word in itertools.pairwise(caption):
+                if word == PAD:
+                    break
+                att = net.attention
+                e = [att.v.weight[0] @ torch.tanh(att.W.weight @ x + att.W.bias + att.U.weight @ h) for x in a]
+                alpha = torch.softmax(torch.stack(e), dim=0)
+                beta = torch.sigmoid(net.beta.weight[0] @ h + net.beta.bias[0])
+                z = beta * sum(weight * x for weight, x in zip(alpha, a, strict=True))
+                y = E[previous]
+                gates = net.word_to_gates.weight @ y + net.word_to_gates.bias
+                gates = gates + net.state_to_gates.weight @ torch.cat([z, h])
+                i, f, o, g = gates.split(8)
+                c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                h = torch.sigmoid(o) * torch.tanh(c)
+                deep = (
+                    y + net.hidden_to_output.weight @ h + net.hidden_to_output.bias + net.context_to_output.weight @ z
+                )
+                all_logits.append(output @ torch.tanh(deep) + net.output_bias)
+                all_alpha.append(torch.zeros(REGIONS, dtype=torch.double).index_put((torch.tensor(seen),), alpha))
+    return torch.stack(all_logits), torch.stack(all_alpha)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_logits_weights_and_all_gradients_are_those_of_the_equations(tied, masked):
+    net = decoder(tied)
+    annotations, captions, mask = batch(masked)
+    annotations.requires_grad_()
+    result = net(annotations, captions, mask)
+    real = captions[..., 1:] != PAD
+    logits, alpha = by_the_equations(net, annotations, captions, mask)
+    assert torch.allclose(result.logits, logits, atol=1e-12)
+    assert torch.allclose(result.alpha[:, :, :, 0][real[:, :, : result.alpha.shape[2]]], alpha, atol=1e-12)
+    assert result.targets.tolist() == captions[..., 1:][real].tolist()
+
+    parameters = [annotations, *net.parameters()]
+    weights = torch.randn_like(logits)
+    ours = torch.autograd.grad((result.logits * weights).sum() + result.alpha.square().sum(), parameters)
+    theirs = torch.autograd.grad((logits * weights).sum() + alpha.square().sum(), parameters)
+    names = ["annotations", *(name for name, _ in net.named_parameters())]
+    for name, one, other in zip(names, ours, theirs, strict=True):
+        if name == "embedding.weight":  # the row of PAD is never trained
+            one, other = one[1:], other[1:]
+        assert torch.allclose(one, other, atol=1e-10), name
+
+
+def test_the_order_of_an_images_captions_changes_only_the_order_of_the_results():
+    net = decoder()
+    annotations, captions, _ = batch(masked=False)
+    straight, turned = net(annotations, captions), net(annotations, captions.flip(1))
+    assert torch.allclose(straight.alpha, turned.alpha.flip(1), atol=1e-12)
+    assert torch.allclose(straight.logits.sum(dim=0), turned.logits.sum(dim=0), atol=1e-10)
+
+
+def test_steps_one_after_another_give_what_teacher_forcing_gives():
+    net = decoder().eval()
+    annotations, captions, mask = batch(masked=True)
+    whole = net(annotations, captions, mask)
+    for remember in (False, True):
+        if remember:
+            net.remember_words()
+        scene = net.look(annotations, mask)
+        state = net.initial_state(scene, rows=3)
+        logits = []
+        for t in range(captions.shape[2] - 1):
+            step = net.step(scene, state, captions[..., t])
+            state = step.state
+            logits.append(step.logits)
+            assert ((step.beta > 0) & (step.beta < 1)).all()
+        stepped = torch.stack(logits, dim=2)[captions[..., 1:] != PAD]
+        assert torch.allclose(stepped, whole.logits, atol=1e-12)
+
+
+def test_remembered_words_are_forgotten_when_training_goes_on():
+    net = decoder().eval()
+    net.remember_words()
+    assert net.eval().gates_of_words is not None
+    assert net.train().gates_of_words is None
+
+
+def test_what_stands_in_masked_regions_does_not_matter():
+    net = decoder()
+    annotations, captions, mask = batch(masked=True)
+    before = net(annotations, captions, mask).logits
+    annotations[~mask] = 1e6
+    assert torch.equal(net(annotations, captions, mask).logits, before)
+
+
+def test_dropout_acts_in_training_only():
+    net = decoder(dropout=0.5)
+    annotations, captions, _ = batch(masked=False)
+    assert not torch.equal(net(annotations, captions).logits, net(annotations, captions).logits)
+    net.eval()
+    assert torch.equal(net(annotations, captions).logits, net(annotations, captions).logits)
