@@ -1,0 +1,250 @@
+"""Greedy, beam and sampled decoding find what they should, for many images as for one."""
+
+import itertools
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import small_model
+
+from captioner.search import beam_search, sample
+from captioner.vocabulary import END, PAD, START, UNKNOWN
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    net = small_model(words=30).decoder
+    with torch.no_grad():
+        net.output_weight.mul_(6)  # opinions strong enough for beams to differ
+        net.output_bias[END] = 1.0
+    return net
+
+
+@pytest.fixture(scope="module")
+def annotations():
+    return torch.randn(6, 6, 12, generator=torch.Generator().manual_seed(1)).relu()
+
+
+def said(hypotheses, image, row=0):
+    return [word for word in hypotheses.words[image, row].tolist() if word != PAD]
+
+
+def test_a_beam_of_one_is_greedy_search(decoder, annotations):
+    found = beam_search(decoder, annotations, beam_size=1, max_length=12)
+    for image in range(len(annotations)):
+        scene = decoder.look(annotations[image : image + 1])
+        state, words = decoder.initial_state(scene, 1), [START]
+        while len(words) <= 12 and words[-1] != END:
+            step = decoder.step(scene, state, torch.tensor([[words[-1]]]))
+            state = step.state
+            logits = step.logits[0, 0].clone()
+            logits[[PAD, START, UNKNOWN]] = float("-inf")
+            if len(words) == 1:
+                logits[END] = float("-inf")
+            words.append(int(logits.argmax()))
+        assert said(found, image) == words[1:]
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        lambda net, a: beam_search(net, a, beam_size=1),
+        lambda net, a: beam_search(net, a, beam_size=4, block_ngrams=2),
+        lambda net, a: sample(net, a, samples=3, seed=5, temperature=0.8, top_p=0.9),
+    ],
+    ids=["greedy", "beam", "sampled"],
+)
+def test_a_batch_gives_what_each_image_gives_alone(decoder, annotations, search):
+    together = search(decoder, annotations)
+    for image in range(len(annotations)):
+        alone = search(decoder, annotations[image : image + 1])
+        for row in range(together.words.shape[1]):
+            assert said(together, image, row) == said(alone, 0, row)
+        steps = alone.words.shape[2]
+        assert torch.allclose(together.log_probabilities[image, :, :steps], alone.log_probabilities[0], atol=1e-5)
+        assert torch.allclose(together.alpha[image, :, :steps], alone.alpha[0], atol=1e-5)
+
+
+class ToyState(NamedTuple):
+    history: torch.Tensor
+
+
+class Toy:
+    """A decoder over seven words whose next word depends on all that was said, so that greed does not pay."""
+
+    attention = SimpleNamespace(heads=1)
+
+    def look(self, annotations, mask=None):
+        return annotations
+
+    def initial_state(self, scene, rows):
+        return ToyState(torch.zeros(scene.shape[0], rows, 1, dtype=torch.long))
+
+    def step(self, scene, state, words):
+        history = state.history * 7 + words[..., None]
+        logits = torch.sin(history * 12.9898 + torch.arange(7) * 78.233 + scene[:, :1, :1]) * 3
+        alpha = torch.full((*words.shape, 1, scene.shape[1]), 1 / scene.shape[1])
+        return SimpleNamespace(logits=logits, state=ToyState(history), alpha=alpha)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
+def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_captions(length_penalty):
+    toy, scene = Toy(), torch.randn(3, 2, 1, generator=torch.Generator().manual_seed(2))
+    found = beam_search(BigToy(toy), scene, beam_size=60, max_length=3, length_penalty=length_penalty)
+    for image in range(3):
+        best = max(
+            (score(toy, scene[image : image + 1], caption, length_penalty), caption) for caption in every_caption(3)
+        )
+        assert tuple(said(found, image)) == best[1]
+        assert float(found.scores[image, 0]) == pytest.approx(best[0], abs=1e-5)
+
+
+class BigToy:
+    """The toy with more words that are never said, so that a beam may be wider than its vocabulary."""
+
+    attention = Toy.attention
+
+    def __init__(self, toy):
+        self.look, self.initial_state, self.toy = toy.look, toy.initial_state, toy
+
+    def step(self, scene, state, words):
+        step = self.toy.step(scene, state, words)
+        never = torch.full((*words.shape, 60), float("-inf"))
+        return SimpleNamespace(logits=torch.cat([step.logits, never], dim=-1), state=step.state, alpha=step.alpha)
+
+
+def every_caption(length):
+    real = (4, 5, 6)
+    for words in range(1, length):
+        for caption in itertools.product(real, repeat=words):
+            yield (*caption, END)
+    yield from itertools.product(real, repeat=length)
+
+
+def score(toy, scene, caption, length_penalty):
+    state, previous, total = toy.initial_state(scene, 1), START, 0.0
+    for t, word in enumerate(caption):
+        step = toy.step(scene, state, torch.tensor([[previous]]))
+        logits = step.logits[0, 0].clone()
+        logits[[PAD, START, UNKNOWN]] = float("-inf")
+        if t == 0:
+            logits[END] = float("-inf")
+        total += float(logits.log_softmax(dim=0)[word])
+        state, previous = step.state, word
+    return total / len(caption) ** length_penalty
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_special_words_are_never_said_and_no_caption_is_empty(annotations, seed):
+    net = small_model(words=12, seed=seed).decoder
+    with torch.no_grad():
+        net.output_bias[[PAD, START, UNKNOWN, END]] = 10.0
+    for found in (beam_search(net, annotations, beam_size=3), sample(net, annotations, samples=3)):
+        for image, row in itertools.product(range(6), range(3)):
+            words = said(found, image, row)
+            assert not {PAD, START, UNKNOWN} & set(words)
+            assert words[0] != END
+
+
+def test_a_caption_that_never_ends_is_cut_and_returned(annotations):
+    net = small_model(words=12).decoder
+    with torch.no_grad():
+        net.output_bias[END] = -100.0
+    for found in (beam_search(net, annotations, beam_size=3, max_length=7), sample(net, annotations, max_length=7)):
+        assert found.words.shape[2] == 7
+        assert (found.words > UNKNOWN).all()
+        assert torch.isfinite(found.scores).all()
+
+
+def test_log_probabilities_are_those_of_the_words_under_teacher_forcing(decoder, annotations):
+    found = beam_search(decoder, annotations, beam_size=3, max_length=10)
+    for image in range(len(annotations)):
+        words = said(found, image)
+        result = decoder(annotations[image : image + 1], torch.tensor([[[START, *words]]]))
+        logits = result.logits.clone()
+        logits[:, [PAD, START, UNKNOWN]] = float("-inf")
+        logits[0, END] = float("-inf")
+        expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(words)[:, None]).squeeze(1)
+        assert torch.allclose(found.log_probabilities[image, 0, : len(words)], expected, atol=1e-5)
+        assert torch.allclose(found.alpha[image, 0, : len(words)], result.alpha[0, 0], atol=1e-5)
+
+
+def test_hypotheses_come_best_first_and_are_all_different(decoder, annotations):
+    found = beam_search(decoder, annotations, beam_size=5)
+    assert (found.scores.diff(dim=1) <= 0).all()
+    for image in range(6):
+        assert len({tuple(said(found, image, row)) for row in range(5)}) == 5
+
+
+def test_a_larger_length_penalty_gives_longer_captions(decoder, annotations):
+    short, long = (beam_search(decoder, annotations, beam_size=5, length_penalty=p).lengths[:, 0] for p in (0.0, 2.0))
+    assert (long >= short).all()
+    assert long.sum() > short.sum()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_run_of_words_comes_twice_where_that_is_blocked(annotations, n):
+    net = small_model(words=9, seed=2).decoder
+    with torch.no_grad():
+        net.output_bias[END] = -5.0
+    free = beam_search(net, annotations, beam_size=2, max_length=5)
+    blocked = beam_search(net, annotations, beam_size=2, max_length=5, block_ngrams=n)
+    sampled = sample(net, annotations, samples=2, max_length=5, block_ngrams=n)
+
+    def repeats(found):
+        captions = [said(found, image, row) for image in range(6) for row in range(2)]
+        runs = [[tuple(caption[i : i + n]) for i in range(len(caption) - n + 1)] for caption in captions]
+        return sum(len(of_one) - len(set(of_one)) for of_one in runs)
+
+    assert repeats(blocked) == repeats(sampled) == 0
+    assert n > 1 or repeats(free) > 0
+
+
+def test_the_same_seed_draws_the_same_captions(decoder, annotations):
+    one, same, other = (sample(decoder, annotations, samples=4, seed=seed).words for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert one.shape != other.shape or not torch.equal(one, other)
+
+
+def test_without_a_seed_images_draw_independently(decoder, annotations):
+    twice = annotations[:1].expand(40, -1, -1)
+    assert len({tuple(row) for row in sample(decoder, twice).words[:, 0].tolist()}) > 10
+
+
+def test_a_temperature_near_zero_is_greedy(decoder, annotations):
+    greedy = beam_search(decoder, annotations, beam_size=1)
+    cold = sample(decoder, annotations, temperature=1e-4, seed=3)
+    assert [said(cold, image) for image in range(6)] == [said(greedy, image) for image in range(6)]
+
+
+def test_words_are_drawn_as_often_as_they_are_likely(decoder, annotations):
+    many = annotations[:1].expand(4000, -1, -1)
+    torch.manual_seed(0)
+    drawn = sample(decoder, many, max_length=1).words[:, 0, 0]
+    scene = decoder.look(annotations[:1])
+    logits = decoder.step(scene, decoder.initial_state(scene, 1), torch.tensor([[START]])).logits[0, 0].detach()
+    logits[[PAD, START, UNKNOWN, END]] = float("-inf")
+    expected = logits.softmax(dim=0)
+    assert torch.allclose(torch.bincount(drawn, minlength=30) / 4000, expected, atol=0.04)
+
+    kept = expected.sort(descending=True)
+    nucleus = kept.indices[: int((kept.values.cumsum(0) < 0.5).sum()) + 1]
+    narrow = sample(decoder, many, max_length=1, top_p=0.5).words[:, 0, 0]
+    assert set(narrow.tolist()) == set(nucleus.tolist())
+
+
+@pytest.mark.parametrize(
+    ("search", "options", "message"),
+    [
+        (beam_search, {"beam_size": 0}, "beam_size must be at least 1"),
+        (beam_search, {"beam_size": 31}, "more than the 30 words"),
+        (beam_search, {"max_length": 0}, "max_length must be at least 1"),
+        (sample, {"samples": 0}, "samples must be at least 1"),
+        (sample, {"temperature": 0.0}, "temperature must be above 0"),
+        (sample, {"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(decoder, annotations, search, options, message):
+    with pytest.raises(ValueError, match=message):
+        search(decoder, annotations, **options)
