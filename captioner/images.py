@@ -135,7 +135,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def to_eight_bits(image: Image.Image) -> Image.Image:
     """Modes I, I;16 and F in grey of 8 bits; converted by Pillow, all above 255 would be white.
 
-    The scale is the smallest usual one that holds the brightest pixel: 1, 255, 65535, or that pixel itself.
+    The scale is the first of the usual ones that holds the brightest pixel, or that pixel itself.
     """
     values = np.asarray(image).astype(np.float64)
     values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
@@ -143,7 +143,7 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         scale = 65535.0
     else:
-        limits = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        limits = (1.0, 255.0) if image.mode == "F" else (255.0, 65535.0)
         scale = next((limit for limit in limits if brightest <= limit), brightest)
     return Image.fromarray((values / scale * 255).round().astype(np.uint8))
 
@@ -239,7 +239,7 @@ class Preprocessing:
         """The whole image at the size that the model reads; one of that size already is returned as it is."""
         if image.size == self.size[::-1]:
             return image
-        return image.resize(self.size[::-1], Image.Resampling.BILINEAR, reducing_gap=3.0)
+        return image.resize(self.size[::-1], Image.Resampling.BILINEAR)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -1,0 +1,105 @@
+"""Heatmaps show where the weights are."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from captioner.heatmap import ANCHORS, animation, colour_table, figure, overlay, save_animation, upsample
+
+PHOTO = Image.new("RGB", (120, 80), (90, 90, 90))
+WORDS = ["a", "dog", "runs"]
+
+
+def one_hot(row, column, shape=(4, 6)):
+    weights = np.zeros(shape, np.float32)
+    weights[row, column] = 1
+    return weights
+
+
+@pytest.mark.parametrize("name", ANCHORS)
+def test_colours_are_matplotlibs_to_a_few_levels(name):
+    matplotlib = pytest.importorskip("matplotlib")
+    expected = 255 * matplotlib.colormaps[name](np.arange(256))[:, :3]
+    assert np.abs(colour_table(name) - expected).max() < 7
+
+
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (0, 5), (3, 0), (2, 3)])
+def test_the_brightest_place_is_where_the_weight_is(row, column):
+    light = np.asarray(overlay(PHOTO, one_hot(row, column)).convert("L")).astype(int)
+    y, x = np.unravel_index(light.argmax(), light.shape)
+    assert (y // 20, x // 20) == (row, column)
+    assert light.shape == (80, 120)
+
+
+def test_what_is_not_looked_at_stays_recognisable():
+    checks = Image.fromarray(np.tile(np.array([[40, 200], [200, 40]], np.uint8), (40, 60))).convert("RGB")
+    far = np.asarray(overlay(checks, one_hot(0, 0)))[60:, 90:].astype(int)
+    assert far.max() - far.min() > 50
+
+
+def test_upsampled_weights_are_smooth_and_between_zero_and_one():
+    heat = upsample(one_hot(1, 2), (120, 80))
+    assert (heat.shape, heat.min(), heat.max()) == ((80, 120), 0, 1)
+    assert np.abs(np.diff(heat, axis=1)).max() < 0.12
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(4), r"shape \(rows, columns\), not \(4,\)"),
+        (np.zeros((2, 2)), "above zero"),
+        (-np.ones((2, 2)), "not negative"),
+        (np.full((2, 2), np.nan), "finite"),
+        (np.ones((0, 2)), "shape"),
+    ],
+)
+def test_weights_that_are_no_map_are_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        overlay(PHOTO, weights)
+
+
+def test_an_unknown_colour_map_is_refused_with_those_there_are():
+    with pytest.raises(ValueError, match="viridis, magma, inferno"):
+        overlay(PHOTO, one_hot(0, 0), colours="jet")
+
+
+def test_a_figure_has_a_place_for_the_photo_and_every_word():
+    attention = np.stack([one_hot(0, 0), one_hot(3, 5), one_hot(1, 2)])
+    whole = figure(PHOTO, WORDS, attention, tile=120, columns=2)
+    label = 14
+    assert whole.size == (2 * 120 + 3, 2 * (80 + label) + 3)
+    assert np.array_equal(np.asarray(whole.crop((0, label, 120, label + 80))), np.asarray(PHOTO))
+    second = whole.crop((123, 80 + label + 3 + label, 243, 2 * (80 + label) + 3))
+    assert np.array_equal(np.asarray(second), np.asarray(overlay(PHOTO, attention[2])))
+
+
+def test_long_captions_wrap_into_rows_of_a_readable_width():
+    attention = np.stack([one_hot(0, 0)] * 19)
+    width, height = figure(PHOTO, ["word"] * 19, attention, tile=100).size
+    assert 0.8 < width / height < 4
+
+
+def test_an_animation_has_a_frame_a_word_and_can_be_saved(tmp_path):
+    attention = np.stack([one_hot(0, 0), one_hot(3, 5), one_hot(1, 2)])
+    frames = animation(PHOTO, WORDS, attention, width=200)
+    assert len(frames) == 3
+    assert len({frame.size for frame in frames}) == 1
+    assert len({frame.tobytes() for frame in frames}) == 3
+    for name in ("a.gif", "a.webp"):
+        save_animation(frames, tmp_path / name, seconds_per_word=0.5)
+        with Image.open(tmp_path / name) as saved:
+            assert len(list(ImageSequence.Iterator(saved))) == 3
+
+
+def test_an_animation_that_cannot_be_written_says_why(tmp_path):
+    with pytest.raises(ValueError, match="no word"):
+        save_animation([], tmp_path / "a.gif")
+    with pytest.raises(ValueError, match=r"\.gif, \.webp"):
+        save_animation([PHOTO], tmp_path / "a.jpg")
+
+
+def test_one_map_for_each_word_is_asked_for():
+    with pytest.raises(ValueError, match="3 words"):
+        figure(PHOTO, WORDS, np.ones((2, 4, 6)))
+    with pytest.raises(ValueError, match="3 words"):
+        animation(PHOTO, WORDS, np.ones((3, 4)))
