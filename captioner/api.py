@@ -218,6 +218,8 @@ class Captioner:
         sources: Sequence[Any] = [images] if single else images  # type: ignore[assignment]
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        if alternatives is not None and alternatives < 0:
+            raise ValueError(f"alternatives cannot be negative, but is {alternatives}")
         sampling = temperature is not None or top_p is not None
         if alternatives is None:
             alternatives = 0 if sampling else beam_size - 1

@@ -1,0 +1,204 @@
+"""The captioner command."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import PHOTOS
+from PIL import Image
+
+from captioner import Captioner
+from captioner.cli import main
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with two good images, one more in a folder of its own, two broken ones, and a text."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for name, colour in (("b.PNG", "red"), ("a.jpg", "blue"), ("more/a.jpg", "green")):
+        Image.new("RGB", (50, 40), colour).save(folder / name)
+    (folder / "broken.jpg").write_bytes((PHOTOS / "cat.jpg").read_bytes()[:3000])
+    (folder / "empty.gif").touch()
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def run(small_folder, *arguments):
+    return main([*map(str, arguments), "--model", str(small_folder), "--max-length", "6"])
+
+
+def test_one_image_gives_its_caption_alone(small, small_folder, capsys):
+    assert run(small_folder, PHOTOS / "cat.jpg") == 0
+    out, err = capsys.readouterr()
+    assert out == f"{small.caption(PHOTOS / 'cat.jpg', max_length=6)}\n"
+    assert err == ""
+
+
+def test_alternatives_of_one_image_have_lines_of_their_own(small_folder, capsys):
+    assert run(small_folder, PHOTOS / "cat.jpg", "--alternatives", "2") == 0
+    assert len(set(capsys.readouterr().out.splitlines())) == 3
+
+
+def test_a_folder_gives_a_line_for_each_image_and_names_what_failed(small_folder, photos, capsys):
+    assert run(small_folder, photos) == 1
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(photos / "a.jpg"), str(photos / "b.PNG")]
+    assert "broken.jpg is damaged" in err
+    assert "empty.gif is empty" in err
+    assert len(err.splitlines()) == 2
+
+
+def test_folders_within_folders_are_read_when_asked_for(small_folder, photos, capsys):
+    run(small_folder, photos, "--recursive")
+    assert str(photos / "more" / "a.jpg") in capsys.readouterr().out
+
+
+def test_json_lines_say_everything_of_every_image(small_folder, photos, tmp_path, capsys):
+    output = tmp_path / "captions.jsonl"
+    assert run(small_folder, photos, "--format", "jsonl", "--output", output, "--alternatives", 1) == 1
+    assert capsys.readouterr().out == ""
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [os.path.basename(record["path"]) for record in records] == ["a.jpg", "b.PNG", "broken.jpg", "empty.gif"]
+    for record in records[:2]:
+        assert set(record) == {"path", "caption", "log_probability", "words", "alternatives"}
+        assert len(record["alternatives"]) == 1
+    for record in records[2:]:
+        assert set(record) == {"path", "error"}
+
+
+def test_a_thousand_photos_with_ten_broken_ones(small_folder, tmp_path, capsys):
+    good = io.BytesIO()
+    Image.new("RGB", (16, 12), "red").save(good, "JPEG")
+    for number in range(1000):
+        data = good.getvalue() if number % 100 else b"broken"
+        (tmp_path / f"{number:04d}.jpg").write_bytes(data)
+    assert run(small_folder, tmp_path, "--beam-size", 1, "--batch-size", 128) == 1
+    out, err = capsys.readouterr()
+    assert (len(out.splitlines()), len(err.splitlines())) == (990, 10)
+    assert [line[: line.index("\t")] for line in out.splitlines()] == sorted(
+        str(tmp_path / f"{number:04d}.jpg") for number in range(1000) if number % 100
+    )
+
+
+def test_heatmaps_are_written_and_never_over_each_other(small_folder, photos, tmp_path):
+    maps = tmp_path / "maps"
+    run(small_folder, photos, photos / "more" / "a.jpg", "--recursive", "--heatmaps", maps)
+    found = sorted(str(path.relative_to(maps)) for path in maps.rglob("*.png"))
+    assert found == ["a.jpg-2.png", "a.jpg.png", "b.PNG.png", "more/a.jpg.png"]
+    assert all(Image.open(maps / name).width > 200 for name in found)
+
+
+def test_heatmaps_do_not_change_the_captions(small_folder, tmp_path, capsys):
+    run(small_folder, PHOTOS)
+    plain = capsys.readouterr().out
+    run(small_folder, PHOTOS, "--heatmaps", tmp_path)
+    assert capsys.readouterr().out == plain
+
+
+def test_an_image_may_come_through_standard_input(small, small_folder, capsys, monkeypatch):
+    data = (PHOTOS / "cat.jpg").read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert run(small_folder, "-") == 0
+    assert capsys.readouterr().out == f"{small.caption(data, max_length=6)}\n"
+
+
+def test_the_same_seed_draws_the_same_captions(small_folder, capsys):
+    for _ in range(2):
+        assert run(small_folder, PHOTOS, "--temperature", "1.3", "--top-p", "0.9", "--seed", "4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == lines[3:]
+
+
+def test_names_with_tabs_and_newlines_stay_on_one_line(small_folder, tmp_path, capsys):
+    for name in ("a\tb.png", "a\nb.png"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    assert run(small_folder, tmp_path) == 0
+    names = [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [str(tmp_path / "a\\tb.png"), str(tmp_path / "a\\nb.png")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nowhere.jpg"], 1, "nowhere.jpg does not exist"),
+        (["https://example.org/a.jpg"], 1, "download the image first"),
+        (["{empty}"], 1, "no image in"),
+        (["a.jpg", "--model", "/no/such"], 2, "no model '/no/such'"),
+        (["a.jpg", "--device", "quantum"], 2, "quantum"),
+        (["{cat}", "--max-megapixels", "0.001"], 1, "too many pixels"),
+        (["{cat}", "--output", "/no/such/folder/file"], 1, "cannot write"),
+    ],
+)
+def test_what_goes_wrong_is_said_in_one_line(small_folder, tmp_path, capsys, arguments, status, message):
+    filled = [text.format(empty=tmp_path, cat=PHOTOS / "cat.jpg") for text in arguments]
+    model = [] if "--model" in filled else ["--model", str(small_folder)]
+    assert main(filled + model) == status
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["a.jpg", "--beam-size", "0"], ["a.jpg", "--top-p", "2"], ["a.jpg", "--temperature", "0"], ["a.jpg", "--x"],
+     ["a.jpg", "--alternatives", "-1"], ["a.jpg", "--format", "xml"], ["-", "-"]],
+)  # fmt: skip
+def test_wrong_usage_exits_with_two(arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+
+
+def test_help_shows_examples_and_does_not_wait_for_torch(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    assert "captioner photo.jpg" in capsys.readouterr().out
+    code = "import sys, captioner.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def command(small_folder, *arguments):
+    return [sys.executable, "-m", "captioner", *map(str, arguments), "--model", str(small_folder)]
+
+
+def test_a_reader_that_has_had_enough_gets_no_complaint(small_folder, tmp_path):
+    for number in range(40):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
+    process = subprocess.Popen(
+        command(small_folder, tmp_path, "--batch-size", 1), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+def test_an_interrupt_leaves_whole_lines(small_folder, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3000):
+        (tmp_path / "photos" / f"{number:04d}.jpg").symlink_to(PHOTOS / "cat.jpg")
+    output = tmp_path / "captions.jsonl"
+    arguments = (tmp_path / "photos", "--batch-size", 4, "--format", "jsonl", "--output", output)
+    process = subprocess.Popen(command(small_folder, *arguments), stderr=subprocess.PIPE)
+    while not (output.exists() and output.stat().st_size > 2000):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b"interrupted\n"
+    assert process.returncode == 130
+    lines = output.read_text().splitlines(keepends=True)
+    assert 0 < len(lines) < 3000
+    assert all(line.endswith("\n") and json.loads(line)["caption"] for line in lines)
+
+
+def test_the_model_in_the_package_is_what_the_command_uses(capsys):
+    assert main([str(PHOTOS / "photographer.jpg")]) == 0
+    expected = Captioner.from_pretrained().caption(PHOTOS / "photographer.jpg")
+    assert capsys.readouterr().out == f"{expected}\n"
