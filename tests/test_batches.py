@@ -1,0 +1,160 @@
+"""Batches: every image once, all its captions with it, augmented the same way whenever the same epoch comes again."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import PHOTOS
+from PIL import Image
+
+from captioner.decoder import TeacherForced
+from captioner.images import Preprocessing
+from captioner.vocabulary import END, PAD, START, Vocabulary
+from training.batches import (
+    EpochBatches,
+    FeatureSource,
+    ImageSource,
+    augment,
+    encode_captions,
+    names_no_side,
+    pad_captions,
+)
+from training.datasets import CaptionedImage
+from training.losses import caption_loss
+
+PREPROCESSING = Preprocessing(size=(32, 32))
+ITEMS = [CaptionedImage(path, ("a photo", "one more photo of it")) for path in sorted(PHOTOS.glob("*.jpg"))]
+
+
+def epoch_of(count=11, batch_size=4, epoch=0, rank=0, size=1, seed=0):
+    features = np.arange(count, dtype=np.float16).reshape(count, 1, 1)
+    captions = [[[START, 4 + index, 5, END], [START, 4 + index, END]] for index in range(count)]
+    names = [f"{index}.jpg" for index in range(count)]
+    return EpochBatches(FeatureSource(features), names, captions, batch_size, seed, epoch, rank, size)
+
+
+def seen(batches):
+    return [int(value) for batch in batches for value in batch.images.flatten() if batch.weight]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_image_is_seen_once_an_epoch_over_all_processes(size):
+    shares = [list(epoch_of(rank=rank, size=size)) for rank in range(size)]
+    assert sorted(index for share in shares for index in seen(share)) == list(range(11))
+    assert {len(share) for share in shares} == {3}
+
+
+def test_the_processes_share_the_batches_of_one_process():
+    alone = list(epoch_of())
+    shares = [list(epoch_of(rank=rank, size=2)) for rank in range(2)]
+    for position, whole in enumerate(alone):
+        together = [index for share in shares for index in seen([share[position]])]
+        assert sorted(together) == sorted(seen([whole]))
+        assert all(share[position].words == whole.words for share in shares)
+        assert all(share[position].whole == whole.whole for share in shares)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    assert seen(epoch_of()) == seen(epoch_of())
+    assert seen(epoch_of()) != seen(epoch_of(epoch=1))
+    assert seen(epoch_of()) != seen(epoch_of(seed=1))
+
+
+def test_images_come_with_their_own_captions_and_names():
+    for batch in epoch_of():
+        for image, captions, name in zip(batch.images, batch.captions, batch.names, strict=True):
+            index = int(image)
+            assert captions.tolist() == [[START, 4 + index, 5, END], [START, 4 + index, END, PAD]]
+            assert name == f"{index}.jpg"
+        assert batch.words == int((batch.captions[..., 1:] != PAD).sum())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_may_start_in_the_middle(workers):
+    batches = epoch_of()
+    assert seen(batches.loader(1, workers, pin_memory=False)) == seen([batches[1], batches[2]])
+
+
+def test_captions_are_padded_to_the_longest_and_the_most():
+    assert pad_captions([[[1, 4, 2]], [[1, 2], [1, 2]]]).tolist() == [[[1, 4, 2], [0, 0, 0]], [[1, 2, 0], [1, 2, 0]]]
+
+
+def test_captions_are_encoded_longest_first_and_a_cut_one_has_no_end():
+    vocabulary = Vocabulary(["a", "dog", "runs", "fast"])
+    item = CaptionedImage(PHOTOS, ("A dog .", "a dog runs fast", "a dog runs"))
+    encoded = encode_captions(item, vocabulary, max_length=3)
+    assert encoded == [[START, 4, 5, 6, END], [START, 4, 5, END], [START, 4, 5, 6]]
+
+
+def test_augmentation_is_the_same_for_the_same_epoch_and_another_for_the_next():
+    source = ImageSource(ITEMS, PREPROCESSING, augment=True, seed=3)
+    first = source.load([0, 1], epoch=5)
+    assert torch.equal(first, source.load([0, 1], epoch=5))
+    assert torch.equal(first[1:], source.load([1], epoch=5))
+    assert not torch.equal(first, source.load([0, 1], epoch=6))
+    assert not torch.equal(first, ImageSource(ITEMS, PREPROCESSING, augment=True, seed=4).load([0, 1], epoch=5))
+
+
+def test_without_augmentation_an_image_is_what_the_library_reads():
+    plain = ImageSource(ITEMS, PREPROCESSING, augment=False)
+    assert torch.equal(plain.load([0], epoch=1), PREPROCESSING([Image.open(ITEMS[0].path).convert("RGB")]))
+
+
+def test_an_image_is_never_mirrored_where_a_caption_names_a_side():
+    sides = Image.new("RGB", (40, 40), "black")
+    sides.paste("white", (0, 0, 20, 40))
+    left_is_brighter = {True: set(), False: set()}
+    for may_flip in (True, False):
+        for seed in range(40):
+            pixels = np.asarray(augment(sides, (32, 32), may_flip, random.Random(seed)).convert("L")).astype(int)
+            left_is_brighter[may_flip].add(bool(pixels[:, :4].mean() > pixels[:, -4:].mean()))
+    assert left_is_brighter == {True: {True, False}, False: {True}}
+
+
+@pytest.mark.parametrize(
+    ("captions", "answer"),
+    [
+        (["A dog", "a cat"], True),
+        (["a dog", "A dog on the LEFT ."], False),
+        (["right-hand"], False),
+        (["bright"], True),
+    ],
+)
+def test_sides_are_found_as_words(captions, answer):
+    assert names_no_side(captions) is answer
+
+
+def test_augmented_images_have_the_size_asked_for_whatever_their_own():
+    for size in ((1, 1), (3, 90), (200, 10)):
+        assert augment(Image.new("RGB", size), (32, 48), True, random.Random(0)).size == (48, 32)
+
+
+def result_of(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(1, 9, (7,), generator=generator)
+    alpha = torch.rand(2, 2, 3, 1, 4, generator=generator)
+    alpha[1, 1] = 0  # a row without a caption
+    return TeacherForced(torch.randn(7, 9, generator=generator), targets, alpha)
+
+
+def test_the_loss_is_the_papers_equation():
+    output = result_of()
+    probabilities = output.logits.log_softmax(dim=1)
+    expected = 0.0
+    for row, target in enumerate(output.targets):
+        expected -= 0.9 * probabilities[row, target] / 7 + 0.1 * probabilities[row].mean() / 7
+    for image, row in ((0, 0), (0, 1), (1, 0)):
+        for region in range(4):
+            expected += 0.3 * (1 - output.alpha[image, row, :, 0, region].sum()) ** 2 / 3
+    assert float(caption_loss(output, 7, 3, 0.1, 0.3)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_shares_of_two_processes_add_up():
+    output = result_of()
+    whole = caption_loss(output, 7, 3, 0.1, 0.3)
+    parts = [
+        TeacherForced(output.logits[:4], output.targets[:4], output.alpha[:1]),
+        TeacherForced(output.logits[4:], output.targets[4:], output.alpha[1:]),
+    ]
+    assert float(sum(caption_loss(part, 7, 3, 0.1, 0.3) for part in parts)) == pytest.approx(float(whole), rel=1e-6)

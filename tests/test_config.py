@@ -1,0 +1,71 @@
+"""Every option of training is a flag, and may stand in a file."""
+
+import dataclasses
+
+import pytest
+
+from training.config import TrainConfig, parse_arguments
+
+
+def test_without_flags_the_defaults_hold():
+    assert parse_arguments([]) == TrainConfig()
+
+
+def test_every_option_is_a_flag():
+    for field in dataclasses.fields(TrainConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        value = getattr(TrainConfig(), field.name)
+        if isinstance(value, bool):
+            assert getattr(parse_arguments([flag]), field.name) is True
+            assert getattr(parse_arguments([f"--no-{flag[2:]}"]), field.name) is False
+        elif field.metadata["choices"]:
+            other = field.metadata["choices"][-1]
+            assert getattr(parse_arguments([flag, other]), field.name) == other
+        else:
+            other = {int: 3, float: 0.25, str: "other"}[type(value)]
+            assert getattr(parse_arguments([f"{flag}={other}"]), field.name) == other
+
+
+def test_a_file_sets_options_and_a_flag_wins_over_it(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('learning_rate = 1\nbatch-size = 64\nencoder = "resnet101"\naugment = false\n')
+    config = parse_arguments(["--config", str(path), "--batch-size", "16"])
+    assert (config.learning_rate, config.batch_size, config.encoder, config.augment) == (1.0, 16, "resnet101", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour = 1", "no option 'colour'"),
+        ('batch_size = "many"', "batch_size should be a int"),
+        ("augment = 1", "augment should be a bool"),
+        ("= 1", "recipe.toml"),
+        (None, "recipe.toml"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(tmp_path, capsys, text, message):
+    path = tmp_path / "recipe.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments(["--config", str(path)])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch-size", "0"],
+        ["--dropout", "1"],
+        ["--epochs", "-1"],
+        ["--monitor", "love"],
+        ["--speed", "9"],
+        ["--grid", "x"],
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments(arguments)
+    assert exit_.value.code == 2
+    assert arguments[0].lstrip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
