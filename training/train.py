@@ -29,10 +29,11 @@ log = logging.getLogger("training")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
     config = parse_arguments(arguments)
+    # Of several processes one speaks.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     try:
         with distributed(config.device) as processes:
-            level = logging.INFO if processes.is_first else logging.ERROR
-            logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
             train(config, processes)
     except Interrupted:
         log.error("stopped; run the same command with --resume to go on from here")

@@ -1,0 +1,325 @@
+"""Training learns, and neither a crash, nor a full disk, nor another number of processes changes what it computes."""
+
+import csv
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from captioner import Captioner
+from captioner.encoder import Encoder
+from captioner.images import Preprocessing
+from training import trainer
+from training.datasets import read_dataset
+from training.distributed import Distributed
+from training.features import cached_features, features_key
+from training.train import main
+
+ALONE = Distributed(0, 1, torch.device("cpu"))
+PROJECT = Path(__file__).parents[1]
+TWO_STAGES = ["--epochs", "2", "--finetune-epochs", "2", "--finetune-from", "features.17", "--checkpoint-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny.draw(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return tiny.encoder_weights(tmp_path_factory.mktemp("weights") / "mobilenet_v2.safetensors")
+
+
+@pytest.fixture(scope="module")
+def options(root, cache, weights):
+    """Flags of a run without its output folder."""
+    return ["--root", str(root), "--cache", str(cache), "--encoder-weights", str(weights), *tiny.SMALL]
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """A run of both stages that was never stopped."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert main([*options, *TWO_STAGES, "--output", str(output), "--workers", "0"]) == 0
+    return output
+
+
+def history(output):
+    with (output / "history.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def losses(output):
+    return [float(row["loss"]) for row in history(output)]
+
+
+def assert_same_run(one, other, tolerance=1e-6):
+    assert losses(one) == pytest.approx(losses(other), abs=tolerance)
+    assert [row["CIDEr"] for row in history(one)] == [row["CIDEr"] for row in history(other)]
+    weights, others = (load_file(path / trainer.STATE) for path in (one, other))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor, others[name], atol=tolerance), name
+
+
+def start(arguments, *launcher):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    launcher = launcher or (sys.executable, "-m", "training.train")
+    return subprocess.Popen([*launcher, *map(str, arguments)], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_leaves_a_model_that_captions_and_a_record_of_itself(whole, root):
+    assert {"model.safetensors", "config.json", "vocabulary.json", "history.csv", "curves.png", "tensorboard"} < set(
+        os.listdir(whole)
+    )
+    assert [row["stage"] for row in history(whole)] == ["frozen encoder"] * 2 + ["fine-tuning"] * 2
+    assert Image.open(whole / "curves.png").width > 300
+    assert list((whole / "tensorboard").glob("events*"))
+    captioner = Captioner.from_pretrained(whole)
+    assert captioner.caption(root / "Flicker8k_Dataset" / "00.png").words
+    assert captioner.about["training"]["batch_size"] == 5
+    best = max(float(row["CIDEr"]) for row in history(whole))
+    assert captioner.about["dev"]["CIDEr"] == pytest.approx(best)
+
+
+def test_drawn_pictures_are_learnt_by_heart(options, tmp_path, root):
+    flags = ["--epochs", "60", "--finetune-epochs", "2", "--learning-rate", "0.01", "--finetune-learning-rate", "1e-4"]
+    flags += ["--encoder-learning-rate", "1e-5", "--ema-decay", "0.5", "--label-smoothing", "0", "--dropout", "0"]
+    assert main([*options, *flags, "--patience", "99", "--workers", "0", "--output", str(tmp_path / "run")]) == 0
+    figures = losses(tmp_path / "run")
+    assert min(figures) < 0.5 * figures[0]
+    items = read_dataset("flickr8k", root).splits["train"]
+    found = Captioner.from_pretrained(tmp_path / "run").caption([item.path for item in items])
+    said = [
+        str(caption) in {text.removesuffix(" .") for text in item.captions}
+        for caption, item in zip(found, items, strict=True)
+    ]
+    assert sum(said) >= 10
+
+
+@pytest.mark.parametrize("stage", ["frozen encoder", "fine-tuning"])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(options, whole, tmp_path, stage):
+    output = tmp_path / "run"
+    arguments = [*options, *TWO_STAGES, "--output", output]
+    process = start(arguments)
+    rows = 1 if stage == "frozen encoder" else 3
+    while not (output / "history.csv").exists() or len(history(output)) < rows:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    written = (output / trainer.STATE).stat().st_mtime_ns
+    while (output / trainer.STATE).stat().st_mtime_ns == written and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert len(history(output)) < 4
+    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 0
+    assert_same_run(output, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_run_and_ends_it(options, whole, tmp_path, number):
+    output = tmp_path / "run"
+    arguments = [*options, *TWO_STAGES, "--output", output, "--checkpoint-every", "1000"]
+    process = start(arguments)
+    while not (output / "history.csv").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert "--resume" in process.communicate()[1]
+    assert process.returncode == 130
+    assert len(history(output)) < 4
+    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 0
+    assert_same_run(output, whole)
+
+
+def test_two_processes_compute_what_one_does(options, tmp_path):
+    # A batch of 5 on two processes, and a last batch of 1 image, for which one process has nothing to do.
+    flags = [*options, *TWO_STAGES, "--dropout", "0", "--batch-size", "11", "--workers", "0"]
+    assert main([*flags, "--output", str(tmp_path / "one")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    process = start([*flags, "--output", tmp_path / "two"], *launcher, "training.train")
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
+
+
+def test_a_run_is_never_overwritten_by_accident(options, whole, capsys):
+    before = (whole / trainer.STATE).read_bytes()
+    assert main([*options, *TWO_STAGES, "--output", str(whole)]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert (whole / trainer.STATE).read_bytes() == before
+
+
+def test_a_run_does_not_go_on_with_other_options(options, whole, capsys):
+    assert main([*options, *TWO_STAGES, "--output", str(whole), "--resume", "--hidden-size", "20"]) == 1
+    assert "hidden_size was 16 and is 20" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_changes_nothing(options, whole):
+    before = losses(whole)
+    assert main([*options, *TWO_STAGES, "--output", str(whole), "--resume"]) == 0
+    assert losses(whole) == before
+
+
+def test_a_damaged_training_state_is_refused_by_name(options, whole, tmp_path, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / trainer.STATE).write_bytes((whole / trainer.STATE).read_bytes()[:5000])
+    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 1
+    assert trainer.STATE in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(options, tmp_path, monkeypatch, capsys):
+    calls = []
+    real = trainer.caption_loss
+
+    def fails_later(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(trainer, "caption_loss", fails_later)
+    output = tmp_path / "run"
+    assert main([*options, *TWO_STAGES, "--output", str(output)]) == 1
+    message = capsys.readouterr().err
+    assert "loss is nan" in message
+    assert ".png" in message
+    monkeypatch.undo()
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(output / trainer.STATE).values())
+    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 0
+
+
+def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(options, whole, tmp_path, monkeypatch, capsys):
+    saves = []
+    real = trainer.save_tensors
+
+    def full_later(path, *arguments):
+        saves.append(path)
+        if len(saves) == 3:
+            path.write_bytes(b"half of a")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, *arguments)
+
+    monkeypatch.setattr(trainer, "save_tensors", full_later)
+    output = tmp_path / "run"
+    assert main([*options, *TWO_STAGES, "--output", str(output)]) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 0
+    assert_same_run(output, whole)
+
+
+def test_a_stage_ends_when_the_score_no_longer_rises(options, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0])
+    monkeypatch.setattr(trainer, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
+    flags = ["--epochs", "8", "--finetune-epochs", "0", "--patience", "2"]
+    assert main([*options, *flags, "--output", str(tmp_path / "run")]) == 0
+    assert len(history(tmp_path / "run")) == 5
+
+
+def test_images_that_cannot_be_read_are_reported_and_passed_over(options, tmp_path, capsys):
+    broken = tiny.draw(tmp_path / "data")
+    for name in ("03.png", "13.png"):
+        path = broken / "Flicker8k_Dataset" / name
+        path.write_bytes(path.read_bytes()[:60])
+    flags = ["--root", str(broken), "--epochs", "1", "--finetune-epochs", "0", "--output", str(tmp_path / "run")]
+    assert main([*options, *flags]) == 0
+    message = capsys.readouterr().err
+    assert "03.png" in message
+    assert "13.png" in message
+    assert "11 training images, 5 dev images" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--root", "/no/such/root"], "/no/such/root"),
+        (["--encoder", "mobilenet_v9"], "mobilenet_v9"),
+        (["--encoder-weights", "nothing.pth"], "nothing.pth"),
+        (["--attention", "telepathy"], "telepathy"),
+        (["--device", "quantum"], "quantum"),
+        (["--epochs", "0", "--finetune-from", "layer9"], "layer9"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_clear_error(options, tmp_path, capsys, arguments, message):
+    assert main([*options, "--output", str(tmp_path / "run"), *arguments]) == 1
+    err = capsys.readouterr().err
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_features_are_computed_once_and_again_when_anything_that_decides_them_changes(
+    root, weights, tmp_path, monkeypatch
+):
+    items = read_dataset("flickr8k", root).splits["dev"]
+    encoder = Encoder(grid=(2, 2), weights=weights)
+    preprocessing = Preprocessing(size=(64, 64))
+    features = cached_features(encoder, items, preprocessing, tmp_path, ALONE, batch_size=4)
+    with torch.no_grad():
+        exact = encoder(preprocessing([Image.open(item.path) for item in items]))
+    assert np.allclose(features, exact.numpy(), rtol=2e-3, atol=1e-3)
+
+    calls = []
+    monkeypatch.setattr(type(encoder), "forward", lambda *_: calls.append(1))
+    again = cached_features(encoder, items, preprocessing, tmp_path, ALONE)
+    assert not calls
+    assert np.array_equal(again, features)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+
+    key = features_key(encoder, items, preprocessing)
+    assert key != features_key(encoder, items[1:], preprocessing)
+    assert key != features_key(encoder, items, Preprocessing(size=(64, 32)))
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1e-3)
+    assert key != features_key(encoder, items, preprocessing)
+
+
+def test_an_interrupted_computation_of_features_is_not_taken_for_a_whole_one(root, weights, tmp_path, monkeypatch):
+    items = read_dataset("flickr8k", root).splits["dev"]
+    encoder = Encoder(grid=(2, 2), weights=weights)
+    real, calls = type(encoder).forward, []
+
+    def fails_later(self, images):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, images)
+
+    monkeypatch.setattr(type(encoder), "forward", fails_later)
+    preprocessing = Preprocessing(size=(64, 64))
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(encoder, items, preprocessing, tmp_path, ALONE, batch_size=2)
+    features = cached_features(encoder, items, preprocessing, tmp_path, ALONE, batch_size=2)
+    assert (np.abs(features).sum(axis=(1, 2)) > 0).all()
+    assert len(calls) == 2 + 3
+
+
+def test_the_real_data_set_is_read_and_its_photographs_train(flickr8k, weights, tmp_path):
+    dataset = read_dataset("flickr8k", flickr8k)
+    assert [len(dataset.splits[name]) for name in ("train", "dev")] == [6000, 1000]
+    small = tmp_path / "part"
+    (small / "Flickr8k_text").mkdir(parents=True)
+    (small / "Flicker8k_Dataset").symlink_to(flickr8k / "Flicker8k_Dataset")
+    text = flickr8k / "Flickr8k_text"
+    (small / "Flickr8k_text" / "Flickr8k.token.txt").symlink_to(text / "Flickr8k.token.txt")
+    for split in ("train", "dev"):
+        name = f"Flickr_8k.{split}Images.txt"
+        (small / "Flickr8k_text" / name).write_text("\n".join((text / name).read_text().split()[:16]) + "\n")
+    flags = ["--root", str(small), "--cache", str(tmp_path), "--epochs", "2", "--finetune-epochs", "1"]
+    flags += ["--encoder-weights", str(weights)]
+    assert main([*tiny.SMALL, *flags, "--output", str(tmp_path / "run")]) == 0
+    assert losses(tmp_path / "run")[1] < losses(tmp_path / "run")[0]
