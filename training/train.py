@@ -132,6 +132,8 @@ def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu):
         model.encoder.autocast_dtype = torch.bfloat16
+    if config.compile:
+        model.encoder.compile()
     return model
 
 

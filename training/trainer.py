@@ -173,8 +173,6 @@ class Trainer:
         parallel: nn.Module = self.model
         if self.distributed.size > 1:
             parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
-        if self.config.compile:
-            parallel = torch.compile(parallel)  # type: ignore[assignment]
 
         while self.progress.epoch < stage.epochs and self.progress.stale <= self.config.patience:
             self.run_epoch(stage, parallel, optimiser)
