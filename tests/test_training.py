@@ -228,7 +228,7 @@ def test_a_stage_ends_when_the_score_no_longer_rises(options, tmp_path, monkeypa
     monkeypatch.setattr(trainer, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
     flags = ["--epochs", "8", "--finetune-epochs", "0", "--patience", "2"]
     assert main([*options, *flags, "--output", str(tmp_path / "run")]) == 0
-    assert len(history(tmp_path / "run")) == 5
+    assert len(history(tmp_path / "run")) == 4
 
 
 def test_images_that_cannot_be_read_are_reported_and_passed_over(options, tmp_path, capsys):

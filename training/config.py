@@ -133,11 +133,12 @@ def check(config: TrainConfig) -> None:
         "grid",
         "image_size",
         "monitor_beam",
+        "patience",
         "checkpoint_every",
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("epochs", "finetune_epochs", "warmup_steps", "workers", "patience", "annotation_size"):
+    for name in ("epochs", "finetune_epochs", "warmup_steps", "workers", "annotation_size"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} cannot be negative, but is {getattr(config, name)}")
     for name in ("dropout", "label_smoothing", "ema_decay"):

@@ -122,12 +122,8 @@ class Trainer:
         stages: Sequence[Stage],
         distributed: Distributed,
     ) -> None:
-        self.config, self.model, self.vocabulary, self.preprocessing = (
-            config,
-            model,
-            vocabulary,
-            preprocessing,
-        )
+        self.config, self.model = config, model
+        self.vocabulary, self.preprocessing = vocabulary, preprocessing
         self.stages, self.distributed = stages, distributed
         self.output = Path(config.output)
         self.names = [item.path.name for item in train]
@@ -174,7 +170,7 @@ class Trainer:
         if self.distributed.size > 1:
             parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
 
-        while self.progress.epoch < stage.epochs and self.progress.stale <= self.config.patience:
+        while self.progress.epoch < stage.epochs and self.progress.stale < self.config.patience:
             self.run_epoch(stage, parallel, optimiser)
             self.validate(stage)
             self.progress.epoch += 1
