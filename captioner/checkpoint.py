@@ -139,6 +139,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
         for path in temporary:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+            path.chmod(0o644)
         for path, final in zip(temporary, paths, strict=True):
             os.replace(path, final)
     finally:
