@@ -35,6 +35,8 @@ class Caption:
             of the T maps sums to 1. The mean over the heads where attention has several.
         image: the photograph as it was seen: upright, RGB.
         alternatives: the other captions found, best first.
+        displacement: how far up and left of its middle the encoder sees each region from, as a share of the
+            image's height and width; pictures of the attention take it into account.
     """
 
     words: tuple[str, ...]
@@ -42,6 +44,7 @@ class Caption:
     attention: np.ndarray = dataclasses.field(repr=False, compare=False)
     image: Image.Image = dataclasses.field(repr=False, compare=False)
     alternatives: tuple["Caption", ...] = dataclasses.field(default=(), repr=False)
+    displacement: tuple[float, float] = dataclasses.field(default=(0.0, 0.0), repr=False)
 
     @property
     def text(self) -> str:
@@ -92,7 +95,7 @@ class Caption:
         Raises:
             KeyError: the caption has no such word.
         """
-        return heatmap.overlay(self.image, self.attention[self.index(word)], **options)
+        return heatmap.overlay(self.image, self.attention[self.index(word)], displacement=self.displacement, **options)
 
     def figure(self, **options: Any) -> Image.Image:
         """The photograph, then each word over its map, in a grid as in the paper's Figure 2.
@@ -100,7 +103,7 @@ class Caption:
         Args:
             options: see `captioner.heatmap.figure`.
         """
-        return heatmap.figure(self.image, self.words, self.attention, **options)
+        return heatmap.figure(self.image, self.words, self.attention, displacement=self.displacement, **options)
 
     def animation(self, **options: Any) -> list[Image.Image]:
         """One frame a word, for `captioner.heatmap.save_animation`.
@@ -108,7 +111,7 @@ class Caption:
         Args:
             options: see `captioner.heatmap.animation`.
         """
-        return heatmap.animation(self.image, self.words, self.attention, **options)
+        return heatmap.animation(self.image, self.words, self.attention, displacement=self.displacement, **options)
 
     def to_dict(self, attention: bool = False) -> dict[str, Any]:
         """Plain data, ready for JSON.
@@ -256,6 +259,8 @@ class Captioner:
         words, alphas = found.words.cpu().numpy(), found.alpha.mean(dim=3).cpu().numpy()
         log_probabilities = found.log_probabilities.cpu().numpy()
         grid = self.model.config.grid
+        pixels = self.model.encoder.displacement
+        displacement = (pixels / self.preprocessing.size[0], pixels / self.preprocessing.size[1])
         captions = []
         for i, photo in enumerate(photos):
             rows = []
@@ -268,6 +273,7 @@ class Captioner:
                         word_log_probabilities=tuple(log_probabilities[i, j, :said].tolist()),
                         attention=alphas[i, j, :spoken].reshape(spoken, *grid).astype(np.float32),
                         image=photo,
+                        displacement=displacement,
                     )
                 )
             captions.append(dataclasses.replace(rows[0], alternatives=tuple(rows[1:])))

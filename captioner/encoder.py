@@ -7,6 +7,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+# Networks that halve the image by patches that do not overlap, so that a region is seen from its middle. The others
+# do it by padded 3 x 3 windows around every second pixel: theirs is seen from its top left corner.
+SEEN_FROM_THE_MIDDLE = ("vgg", "convnext")
 # Where the last feature map is, for families in which it is not called "features".
 DEFAULT_NODES = {
     "vgg": "features.{last_relu}",
@@ -29,6 +32,8 @@ class Encoder(nn.Module):
     Attributes:
         channels: size D of an annotation vector.
         grid: rows and columns; there are rows * columns regions.
+        displacement: how far up and left of its middle each region is seen from, in pixels of the input: the
+            middle of its receptive field. Heatmaps are moved by it.
         autocast_dtype: set it to `torch.bfloat16` to run the convolutions, where the time goes, in that type.
 
     Raises:
@@ -61,6 +66,7 @@ class Encoder(nn.Module):
                 "choose an earlier node"
             )
         self.channels: int = shape[1]
+        self.displacement = 0.0 if name.startswith(SEEN_FROM_THE_MIDDLE) else 64 / shape[2] / 2
         self.body.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:

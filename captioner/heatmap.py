@@ -20,7 +20,13 @@ ANCHORS = {
 }
 
 
-def overlay(image: Image.Image, weights: np.ndarray, strength: float = 0.65, colours: str = "inferno") -> Image.Image:
+def overlay(
+    image: Image.Image,
+    weights: np.ndarray,
+    strength: float = 0.65,
+    colours: str = "inferno",
+    displacement: tuple[float, float] = (0.0, 0.0),
+) -> Image.Image:
     """The image with the places of large weight lit up and the others darkened.
 
     Args:
@@ -28,6 +34,7 @@ def overlay(image: Image.Image, weights: np.ndarray, strength: float = 0.65, col
         weights: (rows, columns) attention weights of one word over the whole image.
         strength: how much of the photograph the colours cover where the weight is largest, 0 to 1.
         colours: "viridis", "magma" or "inferno".
+        displacement: see `upsample`.
 
     Returns:
         An RGB image of the size of `image`.
@@ -35,7 +42,7 @@ def overlay(image: Image.Image, weights: np.ndarray, strength: float = 0.65, col
     Raises:
         ValueError: the weights are no map, or there is no such colour map.
     """
-    heat = upsample(weights, image.size)
+    heat = upsample(weights, image.size, displacement)
     coloured = colour_table(colours)[(255 * heat).round().astype(np.uint8)]
     photo = np.asarray(image.convert("RGB"), dtype=np.float32)
     # Attended places are lit in the map's bright colours; the rest is dimmed, but stays recognisable.
@@ -44,11 +51,13 @@ def overlay(image: Image.Image, weights: np.ndarray, strength: float = 0.65, col
     return Image.fromarray((dimmed * (1 - cover) + coloured * cover).clip(0, 255).astype(np.uint8))
 
 
-def upsample(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def upsample(weights: np.ndarray, size: tuple[int, int], displacement: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
     """Weights (rows, columns) as a smooth map (height, width) whose largest value is 1.
 
     Args:
         size: width and height in pixels.
+        displacement: how far up and how far left of its middle each region is seen from, as a share of the
+            image's height and width.
 
     Raises:
         ValueError: the weights are not a 2-D array of numbers of which none is negative and one is positive.
@@ -58,7 +67,11 @@ def upsample(weights: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         raise ValueError(f"attention weights should have the shape (rows, columns), not {weights.shape}")
     if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
         raise ValueError("attention weights should be finite and not negative, and one of them above zero")
-    smooth = np.asarray(Image.fromarray(weights / weights.max()).resize(size, Image.Resampling.BICUBIC))
+    rows, columns = weights.shape
+    down, right = displacement[0] * rows, displacement[1] * columns
+    grid = Image.fromarray(np.pad(weights / weights.max(), ((0, math.ceil(down)), (0, math.ceil(right))), mode="edge"))
+    box = (right, down, right + columns, down + rows)
+    smooth = np.asarray(grid.resize(size, Image.Resampling.BICUBIC, box))
     return (smooth / smooth.max()).clip(0, 1)
 
 
@@ -84,6 +97,7 @@ def figure(
     columns: int | None = None,
     strength: float = 0.65,
     colours: str = "inferno",
+    displacement: tuple[float, float] = (0.0, 0.0),
 ) -> Image.Image:
     """The photograph, then every word over its map, in a grid (Xu et al. 2015, figure 2).
 
@@ -93,7 +107,7 @@ def figure(
         attention: (T, rows, columns).
         tile: width of one picture in pixels.
         columns: pictures in a row; by default about as many as make the figure twice as wide as high.
-        strength, colours: see `overlay`.
+        strength, colours, displacement: see `overlay`.
 
     Raises:
         ValueError: there is not one map for each word.
@@ -113,7 +127,7 @@ def figure(
         if number == 0:
             canvas.paste(photo, (x, y + label))
         else:
-            canvas.paste(overlay(photo, attention[number - 1], strength, colours), (x, y + label))
+            canvas.paste(overlay(photo, attention[number - 1], strength, colours, displacement), (x, y + label))
             draw.text((x + photo.width / 2, y + label / 2), words[number - 1], "black", font, anchor="mm")
     return canvas
 
@@ -126,11 +140,12 @@ def animation(
     width: int = 480,
     strength: float = 0.65,
     colours: str = "inferno",
+    displacement: tuple[float, float] = (0.0, 0.0),
 ) -> list[Image.Image]:
     """One frame a word: the photograph under the word's map, and the sentence below it, the word in black.
 
     Args:
-        image, words, attention, strength, colours: as in `figure`.
+        image, words, attention, strength, colours, displacement: as in `figure`.
         width: of the frames, in pixels.
 
     Raises:
@@ -144,7 +159,7 @@ def animation(
     frames = []
     for current in range(len(words)):
         frame = Image.new("RGB", (photo.width, photo.height + height * len(lines) + 12), "white")
-        frame.paste(overlay(photo, attention[current], strength, colours))
+        frame.paste(overlay(photo, attention[current], strength, colours, displacement))
         draw = ImageDraw.Draw(frame)
         for number, line in enumerate(lines):
             x = 8.0

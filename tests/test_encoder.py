@@ -47,6 +47,23 @@ def test_any_grid_can_be_had(grid):
         assert Encoder("mobilenet_v2", grid=grid)(torch.randn(1, 3, 96, 96)).shape == (1, grid[0] * grid[1], 1280)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v2", "resnet18", "vgg11"])
+def test_regions_are_seen_from_where_the_encoder_says(name):
+    """The middle of a region's receptive field: the mean place of the gradient of an equally weighted network."""
+    encoder = Encoder(name, grid=(12, 12))
+    for module in encoder.body.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    torch.manual_seed(0)
+    images = (torch.rand(4, 3, 384, 384) * 1e-4).requires_grad_()  # far from where ReLU6 ends
+    encoder.body(images)["map"].abs().sum(dim=(0, 1))[6, 6].backward()
+    weight = images.grad.abs().sum(dim=(0, 1))
+    middle = 6.5 * 384 / encoder.body(images)["map"].shape[2] - 0.5
+    for axis in (0, 1):
+        seen_from = float(weight.sum(dim=axis) @ torch.arange(384.0) / weight.sum())
+        assert seen_from == pytest.approx(middle - encoder.displacement, abs=2)
+
+
 def test_an_earlier_node_can_be_read():
     encoder = Encoder("mobilenet_v2", node="features.13", grid=(4, 4))
     with torch.no_grad():

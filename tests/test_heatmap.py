@@ -43,6 +43,14 @@ def test_upsampled_weights_are_smooth_and_between_zero_and_one():
     assert np.abs(np.diff(heat, axis=1)).max() < 0.12
 
 
+def test_a_displaced_map_moves_up_and_left_by_that_share_of_the_image():
+    plain = upsample(one_hot(2, 3), (120, 80)).astype(float)
+    moved = upsample(one_hot(2, 3), (120, 80), displacement=(0.125, 1 / 12)).astype(float)
+    for heat, y, x in ((plain, 49.5, 69.5), (moved, 39.5, 59.5)):
+        assert (heat.sum(axis=1) @ np.arange(80)) / heat.sum() == pytest.approx(y, abs=1)
+        assert (heat.sum(axis=0) @ np.arange(120)) / heat.sum() == pytest.approx(x, abs=1)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

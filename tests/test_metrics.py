@@ -1,6 +1,7 @@
 """Scores are pycocoevalcap's, and what is left out is said."""
 
 import shutil
+import subprocess
 
 import pytest
 
@@ -43,11 +44,18 @@ def test_scores_are_those_of_pycocoevalcap_digit_for_digit():
 
 
 @needs_java
-def test_no_java_process_outlives_the_scoring():
-    import subprocess
+def test_no_java_process_outlives_the_scoring(monkeypatch):
+    started = []
 
+    class Recorded(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
     score(CANDIDATES, REFERENCES)
-    assert "meteor-1.5.jar" not in subprocess.run(["ps", "ax"], capture_output=True, text=True, check=True).stdout
+    assert any("meteor-1.5.jar" in process.args for process in started)
+    assert all(process.returncode is not None for process in started)
 
 
 def test_every_metric_is_either_there_or_left_out_with_a_reason(capsys):
