@@ -14,6 +14,7 @@ from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training import evaluate
 from training.datasets import read_dataset
+from training.metrics import NO_JAVA
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 
@@ -27,6 +28,12 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     Captioner(Checkpoint(network, vocabulary, Preprocessing(size=(64, 64)))).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    """Java takes seconds to start; what it computes is the business of the tests of the scores."""
+    monkeypatch.setattr("training.metrics.why_no_java", lambda: NO_JAVA)
 
 
 @pytest.fixture
@@ -55,7 +62,10 @@ def run(model, root, output, *more):
 
 def test_a_broken_image_is_named_and_the_rest_are_scored(model, root, tmp_path, capsys):
     assert run(model, root, tmp_path / "out", "--beam-size", "1", "3") == 0
-    assert "white.jpg" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "white.jpg" in said.err
+    assert "METEOR left out: it runs on Java" in said.err
+    assert [line.split("|")[1].strip() for line in said.out.splitlines()] == ["beam", "---", "1", "3"]
     figures = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert [one["beam_size"] for one in figures["evaluations"]] == [1, 3]
     for one in figures["evaluations"]:
@@ -106,6 +116,34 @@ def test_one_beam_gives_the_captions_of_the_public_interface(model, root):
     evaluation = evaluate.evaluate(captioner, items, beam_size=1, batch_size=2)
     expected = captioner.caption([item.path for item in items], beam_size=1)
     assert [str(caption) for caption in evaluation.captions.values()] == [str(caption) for caption in expected]
+
+
+def test_photographs_are_kept_no_larger_than_the_report_shows_them(model, root):
+    large = root / "Flicker8k_Dataset" / "red.jpg"
+    Image.new("RGB", (2000, 1000), "red").save(large)
+    item = next(item for item in read_dataset("flickr8k", root).splits["dev"] if item.path == large)
+    evaluation = evaluate.evaluate(Captioner.from_pretrained(model), [item], beam_size=1)
+    assert evaluation.captions[str(large)].image.size == (160, 80)
+
+
+def test_what_the_data_set_lacks_is_told(model, root, tmp_path, capsys):
+    (root / "Flicker8k_Dataset" / "red.jpg").unlink()
+    assert run(model, root, tmp_path / "out", "--beam-size", "1") == 0
+    assert re.search(r"skipped \d+ in the data set, the first: .*red\.jpg", capsys.readouterr().err)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_captioning(model, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("captioned in vain"))
+    (tmp_path / "file").touch()
+    assert run(model, root, tmp_path / "file" / "out") == 1
+    assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--beam-size", "--batch-size", "--limit"])
+def test_numbers_below_one_are_wrong_usage(model, root, tmp_path, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        run(model, root, tmp_path / "out", option, "0")
+    assert f"{option}: should be at least 1, not 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """Scores are pycocoevalcap's, and what is left out is said."""
 
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from training.metrics import METRICS, diversity, quick_scores, score
+from training import metrics
+from training.metrics import METRICS, CannotScore, diversity, quick_scores, score, spice
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")
 
@@ -74,6 +78,108 @@ def test_without_java_what_needs_it_is_left_out_and_named(monkeypatch):
     assert set(scores.corpus) == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
 
 
+@pytest.fixture
+def fake_java(tmp_path, monkeypatch):
+    """Puts a `java` on the path that runs the lines of shell given to it, and hides the real one."""
+
+    def install(script):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "java").write_text(f"#!/bin/sh\n{script}\n")
+        (folder / "java").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder))
+
+    return install
+
+
+def test_a_java_that_only_says_there_is_none_counts_as_none(fake_java):
+    fake_java("echo 'Unable to locate a Java Runtime.' >&2; exit 1")
+    scores = score(CANDIDATES, REFERENCES)
+    assert {"METEOR", "SPICE", "tokenizer"} == set(scores.left_out)
+    assert all("Unable to locate a Java Runtime." in why for why in scores.left_out.values())
+    assert "CIDEr" in scores.corpus
+
+
+def test_a_meteor_that_fails_is_left_out_and_ends(fake_java):
+    # In a process of its own: it is the end of pycocoevalcap's Meteor object that may wait for ever.
+    fake_java('case "$*" in -version) ;; *) echo "no heap" >&2; exit 1;; esac')
+    program = (
+        "from training.metrics import score\n"
+        "scores = score({'a': 'a dog', 'b': 'two men'}, {'a': ['a dog'], 'b': ['men']})\n"
+        "print(scores.left_out['METEOR'], '/', scores.left_out['tokenizer'], '/', scores.corpus['BLEU-1'])"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env=os.environ,
+        timeout=60,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    why_meteor, why_tokenizer, bleu = printed.stdout.split("/")
+    assert "no heap" in why_meteor
+    assert "too few captions" in why_tokenizer
+    assert 0 < float(bleu) <= 1
+    assert "Exception ignored" not in printed.stderr
+
+
+def test_a_meteor_that_hangs_is_ended_and_left_out(fake_java, monkeypatch):
+    fake_java('case "$*" in *meteor*) exec /bin/sleep 60;; esac')
+    monkeypatch.setattr(metrics, "time_limit", lambda images: 0.5)
+    assert "longer than 0.5 seconds" in score(CANDIDATES, REFERENCES).left_out["METEOR"]
+
+
+@pytest.fixture
+def installed_spice(tmp_path, monkeypatch):
+    """SPICE's folder with the files that a download adds, empty."""
+    package = pytest.importorskip("pycocoevalcap.spice.spice")
+    (tmp_path / "spice" / "lib").mkdir(parents=True)
+    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
+        (tmp_path / "spice" / "lib" / name).touch()
+    monkeypatch.setattr(package, "__file__", str(tmp_path / "spice" / "spice.py"))
+    monkeypatch.setitem(package.get_stanford_models.__globals__, "SPICEDIR", str(tmp_path / "spice"))
+    return tmp_path / "spice"
+
+
+def test_spice_gives_every_image_its_own_score(installed_spice, tmp_path, monkeypatch, capfd):
+    answer = """
+        import json, sys
+        print("noise")
+        asked = json.load(open(sys.argv[4]))
+        scores = [{"image_id": one["image_id"], "scores": {"All": {"f": len(one["test"])}}} for one in asked]
+        json.dump(scores[::-1], open(sys.argv[sys.argv.index("-out") + 1], "w"))
+    """
+    (tmp_path / "java").write_text("\n".join([f"#!{sys.executable}", *map(str.strip, answer.splitlines())]))
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    total, singles = spice({"z": ["a"], "a": ["b"], "m": ["c"]}, {"z": ["one"], "a": ["three"], "m": ["seven!!"]})
+    assert singles == [[3, 5, 7]]
+    assert total == [5]
+    assert capfd.readouterr().out == ""
+
+
+def test_a_spice_that_fails_or_hangs_is_left_out_and_leaves_no_files(installed_spice, fake_java, monkeypatch):
+    fake_java('[ "$hang" ] && exec /bin/sleep 60; echo "UnsupportedClassVersionError" >&2; exit 1')
+    with pytest.raises(CannotScore, match="Java 8: UnsupportedClassVersionError"):
+        spice({"a": ["a dog"]}, {"a": ["a dog"]})
+    monkeypatch.setenv("hang", "yes")
+    monkeypatch.setattr(metrics, "time_limit", lambda images: 0.5)
+    with pytest.raises(CannotScore, match=r"longer than 0\.5 seconds"):
+        spice({"a": ["a dog"]}, {"a": ["a dog"]})
+    assert {path.name for path in installed_spice.iterdir()} <= {"lib", "cache"}
+
+
+def test_only_the_metrics_that_are_asked_for_are_computed(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    scores = score(CANDIDATES, REFERENCES, metrics=["CIDEr", "BLEU-4", "METEOR"])
+    assert list(scores.corpus) == ["BLEU-4", "CIDEr"]
+    assert all(set(own) == {"BLEU-4", "CIDEr"} for own in scores.per_image.values())
+    assert set(scores.left_out) == {"tokenizer", "METEOR"}
+    with pytest.raises(ValueError, match="no metric BLUE-4"):
+        score(CANDIDATES, REFERENCES, metrics=["BLUE-4"])
+
+
 @needs_java
 def test_without_java_the_scores_are_nearly_those_with_it(monkeypatch):
     with_java = score(CANDIDATES, REFERENCES).corpus
@@ -99,6 +205,8 @@ def test_captions_and_references_of_different_images_are_refused():
         score({"one.jpg": "a dog"}, REFERENCES)
     with pytest.raises(ValueError, match="at least one"):
         score({}, {})
+    with pytest.raises(ValueError, match=r"one\.jpg has no reference"):
+        score({"one.jpg": "a dog"}, {"one.jpg": []})
 
 
 def test_quick_scores_agree_with_the_whole_scorer_on_plain_words():

@@ -1,6 +1,7 @@
 """Score a model: `python -m training.evaluate --model runs/flickr8k --data flickr8k --root DIR --split dev`."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import platform
@@ -16,10 +17,12 @@ from tqdm import tqdm
 
 from captioner.api import DEFAULT_MODEL, Caption, Captioner
 from captioner.checkpoint import CheckpointError, replacing
+from captioner.cli import positive
+from captioner.heatmap import shrink
 from captioner.images import ImageError
 from training.datasets import DATASETS, SPLITS, CaptionedImage, DatasetError, read_dataset
 from training.metrics import METRICS, Scores, diversity, score
-from training.report import write_report
+from training.report import TILE, write_report
 
 log = logging.getLogger("training")
 
@@ -28,7 +31,7 @@ log = logging.getLogger("training")
 class Evaluation:
     """What a model said of a split with one beam size, and what that is worth.
 
-    captions: image's path -> its caption.
+    captions: image's path -> its caption; the photograph in it is as small as the report shows it.
     unreadable: a message for each image that was passed over.
     """
 
@@ -74,7 +77,9 @@ def evaluate(
             found = captioner.caption(paths, beam_size=beam_size, batch_size=batch_size, alternatives=0, **options)
         except ImageError:
             paths, found = one_by_one(captioner, paths, unreadable, beam_size=beam_size, alternatives=0, **options)
-        captions.update(zip(map(str, paths), found, strict=True))
+        for path, caption in zip(paths, found, strict=True):
+            # The photographs of a whole split, as large as they are, would not fit in the memory.
+            captions[str(path)] = dataclasses.replace(caption, image=shrink(caption.image, TILE))
     seconds = time.perf_counter() - started
     if not captions:
         raise ValueError(f"none of the {len(items)} images could be read")
@@ -142,10 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="flickr8k", choices=list(DATASETS), help="data set")
     parser.add_argument("--root", required=True, help="folder of the data set")
     parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of it")
-    parser.add_argument("--beam-size", type=int, nargs="+", default=[1, 3, 5], metavar="K", help="beam sizes")
+    parser.add_argument("--beam-size", type=positive, nargs="+", default=[1, 3, 5], metavar="K", help="beam sizes")
     parser.add_argument("--length-penalty", type=float, help="see Captioner.caption")
-    parser.add_argument("--batch-size", type=int, default=32, help="images that go through the network together")
-    parser.add_argument("--limit", type=int, help="only so many images, the first ones")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images that go through the network together")
+    parser.add_argument("--limit", type=positive, help="only so many images, the first ones")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     parser.add_argument("--output", help="folder of the report; default: evaluation-SPLIT in the model's")
     options = parser.parse_args(arguments)
@@ -161,11 +166,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     captioner = Captioner.from_pretrained(options.model, options.device)
-    items = read_dataset(options.data, options.root).splits[options.split][: options.limit]
+    dataset = read_dataset(options.data, options.root)
+    if dataset.problems:
+        log.warning("skipped %d in the data set, the first: %s", len(dataset.problems), dataset.problems[0])
+    items = dataset.splits[options.split][: options.limit]
     if not items:
         raise DatasetError(f"{options.root} has no image in its {options.split} split")
     home = Path(options.model) if Path(options.model).is_dir() else Path()
     folder = Path(options.output or home / f"evaluation-{options.split}")
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the captioning, not after
     search = {} if options.length_penalty is None else {"length_penalty": options.length_penalty}
     evaluations = []
     for beam_size in options.beam_size:
@@ -183,7 +192,6 @@ def run(options: argparse.Namespace) -> None:
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "pycocoevalcap")}},
         "evaluations": [evaluation.to_dict() for evaluation in evaluations],
     }
-    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "scores.json", folder / "captions.json") as (scores_path, captions_path):
         scores_path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
         captions_path.write_text(json.dumps(captions_json(widest, items), indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -4,15 +4,21 @@ import contextlib
 import io
 import shutil
 import subprocess
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from training.words import tokenize
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 METRICS = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE")
+NEED_JAVA = ("METEOR", "SPICE")
 NO_JAVA = "it runs on Java, and there is no `java` command here (Debian: apt install default-jre-headless)"
 
 
@@ -30,7 +36,9 @@ class Scores:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def score(candidates: Mapping[Any, str], references: Mapping[Any, Sequence[str]]) -> Scores:
+def score(
+    candidates: Mapping[Any, str], references: Mapping[Any, Sequence[str]], metrics: Iterable[str] | None = None
+) -> Scores:
     """Score one caption an image against its references with pycocoevalcap.
 
     Captions are tokenised by the scorer's PTB tokenizer, which needs Java; without Java by NLTK's, which differs in
@@ -39,31 +47,41 @@ def score(candidates: Mapping[Any, str], references: Mapping[Any, Sequence[str]]
 
     Args:
         candidates: image -> caption.
-        references: image -> captions that people wrote; the same images.
+        references: image -> captions that people wrote; the same images, at least one caption each.
+        metrics: those wanted, of `METRICS`; all by default.
 
     Raises:
-        ValueError: the two do not have the same images, or there is none.
+        ValueError: the two do not have the same images, there is none, one has no reference, or there is no such
+            metric.
     """
     if not candidates or candidates.keys() != references.keys():
         raise ValueError(
             f"{len(candidates)} captions and references for {len(references)} images: "
             "they should be for the same images, and at least one"
         )
-    left_out: dict[str, str] = {}
-    if shutil.which("java"):
-        hypotheses, truths = ptb_tokenize({k: [v] for k, v in candidates.items()}), ptb_tokenize(references)
-    else:
-        left_out["tokenizer"] = f"the PTB tokenizer is replaced by NLTK's: {NO_JAVA}"
-        hypotheses = {key: [" ".join(tokenize(caption))] for key, caption in candidates.items()}
-        truths = {key: [" ".join(tokenize(caption)) for caption in of_image] for key, of_image in references.items()}
+    for key, of_image in references.items():
+        if not of_image:
+            raise ValueError(f"{key} has no reference caption")
+    wanted = set(METRICS if metrics is None else metrics)
+    if unknown := wanted - set(METRICS):
+        raise ValueError(f"there is no metric {', '.join(sorted(unknown))}; there are {', '.join(METRICS)}")
 
+    no_java = why_no_java()
+    truths, hypotheses, left_out = tokenise(candidates, references, no_java)
     corpus: dict[str, float] = {}
     per_image: dict[Hashable, dict[str, float]] = {key: {} for key in candidates}
-    for names, scorer in ((BLEU, bleu), (("ROUGE-L",), rouge), (("CIDEr",), cider), (("METEOR",), meteor)):
-        add_scores(names, scorer, truths, hypotheses, corpus, per_image, left_out)
-    add_scores(("SPICE",), spice, truths, hypotheses, corpus, per_image, left_out)
-    ordered = {name: corpus[name] for name in METRICS if name in corpus}
-    return Scores(ordered, per_image, left_out)
+    for names, scorer in SCORERS.items():
+        asked = [name for name in names if name in wanted]
+        try:
+            found = run_scorer(names, scorer, truths, hypotheses, no_java) if asked else {}
+        except CannotScore as error:
+            left_out.update({name: str(error) for name in asked})
+            continue
+        for name in asked:
+            corpus[name], singles = found[name]
+            for key, value in zip(truths, singles, strict=True):
+                per_image[key][name] = value
+    return Scores(corpus, per_image, left_out)
 
 
 Tokenised = Mapping[Any, Sequence[str]]
@@ -74,36 +92,88 @@ class CannotScore(RuntimeError):
     """A metric that this machine cannot compute; the message says why."""
 
 
-def add_scores(
+def run_scorer(
     names: Sequence[str],
     scorer: Callable[[Tokenised, Tokenised], Scored],
     truths: Tokenised,
     hypotheses: Tokenised,
-    corpus: dict[str, float],
-    per_image: dict[Hashable, dict[str, float]],
-    left_out: dict[str, str],
-) -> None:
-    """Put what `scorer` gives for the metrics of these names where it belongs."""
+    no_java: str | None,
+) -> dict[str, tuple[float, list[float]]]:
+    """What a scorer gives for the metrics of these names: metric -> of all captions together, and of each.
+
+    Raises:
+        CannotScore: it does not run here.
+    """
+    if no_java and names[0] in NEED_JAVA:
+        raise CannotScore(no_java)
+    # The scorers print their progress; standard output belongs to the program that asked for scores.
+    with contextlib.redirect_stdout(io.StringIO()):
+        totals, singles = scorer(truths, hypotheses)
+    return {
+        name: (float(total), [float(value) for value in of_images])
+        for name, total, of_images in zip(names, totals, singles, strict=True)
+    }
+
+
+def tokenise(
+    candidates: Mapping[Any, str], references: Mapping[Any, Sequence[str]], no_java: str | None
+) -> tuple[Tokenised, Tokenised, dict[str, str]]:
+    """References and captions tokenised, and what had to be left out for it."""
+    lists = {key: [caption] for key, caption in candidates.items()}
     try:
-        # The scorers print their progress; standard output belongs to the program that asked for scores.
-        with contextlib.redirect_stdout(io.StringIO()):
-            totals, singles = scorer(truths, hypotheses)
+        if no_java:
+            raise CannotScore(no_java)
+        return ptb_tokenize(references), ptb_tokenize(lists), {}
     except CannotScore as error:
-        left_out.update({name: str(error) for name in names})
-        return
-    for name, total, of_images in zip(names, totals, singles, strict=True):
-        corpus[name] = float(total)
-        for key, value in zip(truths, of_images, strict=True):
-            per_image[key][name] = float(value)
+        left_out = {"tokenizer": f"the PTB tokenizer is replaced by NLTK's: {error}"}
+        return nltk_tokenize(references), nltk_tokenize(lists), left_out
 
 
 def ptb_tokenize(captions: Mapping[Any, Sequence[str]]) -> dict[Any, list[str]]:
-    """Captions tokenised as all published scores are, by Stanford's PTB tokenizer (Java)."""
+    """Captions tokenised as all published scores are, by Stanford's PTB tokenizer (Java).
+
+    Raises:
+        CannotScore: it fails, or cannot write the temporary file that it puts into its own folder.
+    """
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    return PTBTokenizer().tokenize(
-        {key: [{"caption": " ".join(caption.split())} for caption in of_image] for key, of_image in captions.items()}
-    )
+    try:
+        found = PTBTokenizer().tokenize(
+            {key: [{"caption": " ".join(text.split())} for text in of_image] for key, of_image in captions.items()}
+        )
+    except (OSError, ValueError) as error:
+        raise CannotScore(f"it failed: {error}") from error
+    if [len(found.get(key, ())) for key in captions] != [len(of_image) for of_image in captions.values()]:
+        raise CannotScore("its Java program failed and returned too few captions")
+    return found
+
+
+def nltk_tokenize(captions: Mapping[Any, Sequence[str]]) -> dict[Any, list[str]]:
+    """Captions tokenised without Java."""
+    return {key: [" ".join(tokenize(caption)) for caption in of_image] for key, of_image in captions.items()}
+
+
+def why_no_java() -> str | None:
+    """Why Java programs cannot run here, None where they can: some systems have a `java` that only says it is none."""
+    if not shutil.which("java"):
+        return NO_JAVA
+    try:
+        subprocess.run(["java", "-version"], check=True, capture_output=True, timeout=60)
+    except subprocess.CalledProcessError as error:
+        return f"it runs on Java, and the `java` command here fails: {first_line(error.stderr) or error}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"it runs on Java, and the `java` command here fails: {error}"
+    return None
+
+
+def first_line(printed: bytes | None) -> str:
+    """The first line that a program printed, empty where it printed none."""
+    return (printed or b"").decode(errors="replace").strip().partition("\n")[0]
+
+
+def time_limit(images: int) -> float:
+    """Seconds after which a Java program is taken to hang: many times what it needs."""
+    return 600 + images
 
 
 def bleu(truths: Tokenised, hypotheses: Tokenised) -> Scored:
@@ -130,40 +200,74 @@ def cider(truths: Tokenised, hypotheses: Tokenised) -> Scored:
 
 
 def meteor(truths: Tokenised, hypotheses: Tokenised) -> Scored:
-    """METEOR 1.5 (Denkowski and Lavie 2014), by its Java program."""
-    if not shutil.which("java"):
-        raise CannotScore(NO_JAVA)
+    """METEOR 1.5 (Denkowski and Lavie 2014), by its Java program, which has ended when this returns or raises."""
     from pycocoevalcap.meteor.meteor import Meteor
 
-    scorer = Meteor()
+    scorer, seconds, started = Meteor(), time_limit(len(truths)), time.monotonic()
+    watchdog = threading.Timer(seconds, scorer.meteor_p.kill)
+    watchdog.start()
     try:
         total, singles = scorer.compute_score(truths, hypotheses)
     except (OSError, ValueError) as error:
-        raise CannotScore(f"its Java program failed: {error}") from error
+        if time.monotonic() - started >= seconds:
+            raise CannotScore(f"its Java program took longer than {seconds:g} seconds") from error
+        raise CannotScore(f"its Java program failed: {first_line(end(scorer.meteor_p)) or error}") from error
     finally:
-        scorer.meteor_p.kill()
-        scorer.meteor_p.wait()
+        watchdog.cancel()
+        end(scorer.meteor_p)
+        # Meteor.__del__ waits for the lock, for ever where scoring failed while it was held.
+        scorer.lock = threading.Lock()
     return [total], [singles]
+
+
+def end(process: subprocess.Popen[bytes]) -> bytes:
+    """End a program, close its pipes, and give what it printed to standard error (once; then nothing)."""
+    process.kill()
+    if process.stdin is None or process.stdin.closed:
+        return b""
+    return process.communicate()[1]
 
 
 def spice(truths: Tokenised, hypotheses: Tokenised) -> Scored:
     """SPICE (Anderson et al. 2016), by its Java program, where that and what it needs are installed."""
-    if not shutil.which("java"):
-        raise CannotScore(NO_JAVA)
     import pycocoevalcap.spice.spice as package
+    from pycocoevalcap.spice.get_stanford_models import JAR
 
-    if not list((Path(package.__file__).parent / "lib").glob("stanford-corenlp-*.jar")):
+    libraries = Path(package.__file__).parent / "lib"
+    if not all((libraries / name).exists() for name in (f"{JAR}.jar", f"{JAR}-models.jar")):
         raise CannotScore("it needs Stanford CoreNLP; `python -m pycocoevalcap.spice.get_stanford_models` downloads it")
+    seconds = time_limit(len(truths))
+
+    def run(command: Sequence[str], cwd: str) -> None:
+        subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=seconds)
+
+    # SPICE gives its scores in the order of the sorted images.
+    numbered = {f"{number:09d}": key for number, key in enumerate(truths)}
     try:
-        # SPICE gives its scores in the order of the sorted images.
-        numbered = {f"{number:09d}": key for number, key in enumerate(truths)}
-        total, singles = package.Spice().compute_score(
-            {number: truths[key] for number, key in numbered.items()},
-            {number: hypotheses[key] for number, key in numbered.items()},
-        )
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        raise CannotScore(f"its Java program failed; it was written for Java 8: {error}") from error
+        # As it stands it may hang, prints to standard output, and leaves files in its own folder where it fails.
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.multiple(package, subprocess=SimpleNamespace(check_call=run), TEMP_DIR=folder),
+        ):
+            total, singles = package.Spice().compute_score(
+                {number: truths[key] for number, key in numbered.items()},
+                {number: hypotheses[key] for number, key in numbered.items()},
+            )
+    except subprocess.TimeoutExpired as error:
+        raise CannotScore(f"its Java program took longer than {seconds:g} seconds") from error
+    except (OSError, ValueError, KeyError, subprocess.CalledProcessError) as error:
+        why = first_line(getattr(error, "stderr", None)) or error
+        raise CannotScore(f"its Java program failed; it was written for Java 8: {why}") from error
     return [total], [[single["All"]["f"] for single in singles]]
+
+
+SCORERS: dict[tuple[str, ...], Callable[[Tokenised, Tokenised], Scored]] = {
+    BLEU: bleu,
+    ("METEOR",): meteor,
+    ("ROUGE-L",): rouge,
+    ("CIDEr",): cider,
+    ("SPICE",): spice,
+}
 
 
 def quick_scores(

@@ -16,6 +16,7 @@ from training.datasets import CaptionedImage
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
 
+TILE = 160  # pixels, the width of a photograph in the report
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1rem }
@@ -74,11 +75,11 @@ def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> s
     """One photograph with all there is to say of it."""
     references = "".join(f"<li>{html.escape(reference)}</li>" for reference in item.captions)
     figures = " · ".join(f"{name} {100 * value:.0f}" for name, value in scores.items() if name[:4] != "BLEU")
-    picture = caption.figure(tile=160) if caption.words else caption.image
+    picture = caption.figure(tile=TILE) if caption.words else caption.image
     return f"""<article>
 <h3>{html.escape(caption.sentence())}</h3>
 <p class="scores">{html.escape(item.path.name)} · {figures} · confidence {caption.confidence:.2f}</p>
-<img alt="{html.escape(str(caption))}" src="{data_uri(picture)}" loading="lazy">
+<img alt="{html.escape(str(caption) or "a photograph without a caption")}" src="{data_uri(picture)}" loading="lazy">
 <ul>{references}</ul>
 </article>
 """
