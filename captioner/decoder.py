@@ -1,6 +1,6 @@
 """The LSTM that attends: one step, and whole captions under teacher forcing (Xu et al. 2015, section 3.1.2)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -198,9 +198,17 @@ class AttentionLSTM(nn.Module):
         return nn.functional.linear(self.dropout(torch.tanh(deep)), weight, self.output_bias)
 
     def remember_words(self) -> None:
-        """Compute every known word's share of the gates once, for search; `train()` forgets it again."""
+        """Compute every known word's share of the gates once, for search; forgotten as soon as weights may change."""
         with torch.no_grad():
             self.gates_of_words = self.word_to_gates(self.embedding.weight)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.gates_of_words = None  # other weights, other gates
+        super()._load_from_state_dict(*arguments, **options)
+
+    def _apply(self, *arguments: Any, **options: Any) -> "AttentionLSTM":
+        self.gates_of_words = None  # on another device, or in another precision
+        return super()._apply(*arguments, **options)
 
     def train(self, mode: bool = True) -> "AttentionLSTM":
         """Set training or evaluation mode; in training the weights change, so remembered gates are dropped."""

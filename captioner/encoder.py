@@ -7,6 +7,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+# Pixels of the square that is sent through a network to see what comes out; some take no smaller one.
+PROBE = 96
 # Networks that halve the image by patches that do not overlap, so that a region is seen from its middle. The others
 # do it by padded 3 x 3 windows around every second pixel: theirs is seen from its top left corner.
 SEEN_FROM_THE_MIDDLE = ("vgg", "convnext")
@@ -59,14 +61,14 @@ class Encoder(nn.Module):
             raise ValueError(f"{name} has no node {self.node!r}; it has {', '.join(nodes)}") from error
         self.body.eval()
         with torch.no_grad():
-            shape = self.body(torch.zeros(1, 3, 64, 64))["map"].shape
+            shape = self.body(torch.zeros(1, 3, PROBE, PROBE))["map"].shape
         if len(shape) != 4:
             raise ValueError(
                 f"node {self.node!r} of {name} gives a tensor of shape {tuple(shape)}, not a feature map; "
                 "choose an earlier node"
             )
         self.channels: int = shape[1]
-        self.displacement = 0.0 if name.startswith(SEEN_FROM_THE_MIDDLE) else 64 / shape[2] / 2
+        self.displacement = 0.0 if name.startswith(SEEN_FROM_THE_MIDDLE) else PROBE / shape[2] / 2
         self.body.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:

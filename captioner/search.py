@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from captioner.vocabulary import END, PAD, START, UNKNOWN
+from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
 
 NEVER = float("-inf")
 
@@ -108,8 +108,10 @@ def beam_search(
         ranks = totals / lengths.clamp(min=1) ** length_penalty
 
         vocabulary = ranks.shape[-1]
-        if vocabulary < beam_size:
-            raise ValueError(f"beam_size {beam_size} is more than the {vocabulary} words of the vocabulary")
+        if vocabulary - len(SPECIAL) < beam_size:
+            raise ValueError(
+                f"beam_size {beam_size} is more than the {vocabulary - len(SPECIAL)} words a caption may begin with"
+            )
         scores, best = ranks.flatten(1).topk(beam_size, dim=1)
         parents, said = best // vocabulary, best % vocabulary
         total = totals.flatten(1).gather(1, best)
@@ -155,8 +157,10 @@ def sample(
         ValueError: samples or max_length below 1, temperature not above 0, top_p outside (0, 1].
     """
     check_lengths(samples, "samples", max_length)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}; for the likeliest words use beams")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"temperature must be above 0 and finite, not {temperature}; for the likeliest words use beams"
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     scene, state, found = start(decoder, annotations, mask, samples)
@@ -170,7 +174,9 @@ def sample(
 
     for t in range(max_length):
         step = decoder.step(scene, state, said)
-        logits = allowed(step.logits, found.words, block_ngrams) / temperature
+        logits = allowed(step.logits, found.words, block_ngrams)
+        # With the largest at zero, no temperature is so low that the division overflows.
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
         log_probabilities = nucleus(logits.log_softmax(dim=-1), top_p)
         ended = (said == END) | (said == PAD)
         log_probabilities = only_padding_after_the_end(log_probabilities, ended)

@@ -93,6 +93,21 @@ def test_logits_weights_and_all_gradients_are_those_of_the_equations(tied, maske
         assert torch.allclose(one, other, atol=1e-10), name
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_are_those_of_finite_differences(tied):
+    net = decoder(tied)
+    annotations, captions, mask = batch(masked=True)
+    captions = captions[:, :2, :5]
+    weights = torch.randn(int((captions[..., 1:] != PAD).sum()), WORDS, dtype=torch.double)
+
+    def loss(annotations, *_):
+        result = net(annotations, captions, mask)
+        return (result.logits.log_softmax(dim=-1) * weights).sum() + result.alpha.sum(dim=2).square().sum()
+
+    trained = [parameter for name, parameter in net.named_parameters() if name != "embedding.weight"]
+    assert torch.autograd.gradcheck(loss, (annotations.requires_grad_(), *trained), fast_mode=True)
+
+
 def test_the_order_of_an_images_captions_changes_only_the_order_of_the_results():
     net = decoder()
     annotations, captions, _ = batch(masked=False)
@@ -125,6 +140,29 @@ def test_remembered_words_are_forgotten_when_training_goes_on():
     net.remember_words()
     assert net.eval().gates_of_words is not None
     assert net.train().gates_of_words is None
+
+
+def test_remembered_words_are_not_those_of_weights_that_are_gone():
+    net, other = decoder().eval(), decoder().eval()
+    with torch.no_grad():
+        other.embedding.weight.add_(1.0)
+    net.remember_words()
+    net.load_state_dict(other.state_dict())
+    scene = net.look(torch.ones(1, REGIONS, CHANNELS, dtype=torch.double))
+    words = torch.tensor([[START, 5]])
+    ours, theirs = (each.step(scene, each.initial_state(scene, rows=2), words).logits for each in (net, other))
+    assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("where", [{"device": "meta"}, {"dtype": torch.bfloat16}], ids=str)
+def test_remembered_words_move_with_the_weights(where):
+    net = decoder().eval()
+    net.remember_words()
+    net.to(**where)
+    scene = net.look(torch.ones(1, REGIONS, CHANNELS, dtype=net.output_bias.dtype, device=net.output_bias.device))
+    words = torch.tensor([[START]], device=net.output_bias.device)
+    first = net.step(scene, net.initial_state(scene, rows=1), words)
+    assert net.step(scene, first.state, words).logits.dtype == net.output_bias.dtype
 
 
 def test_what_stands_in_masked_regions_does_not_matter():

@@ -32,6 +32,12 @@ def test_a_network_by_name_gives_annotation_vectors(name, channels, node):
         assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, 4, channels)
 
 
+def test_a_network_that_needs_images_above_a_size_can_be_read():
+    encoder = Encoder("inception_v3", node="Mixed_7c", grid=(1, 1))
+    with torch.no_grad():
+        assert encoder(torch.randn(1, 3, 96, 96)).shape == (1, 1, 2048)
+
+
 def test_regions_run_row_by_row_from_the_top_left():
     encoder = Encoder("mobilenet_v2", grid=(2, 4))
     images = torch.randn(1, 3, 64, 128)

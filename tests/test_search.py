@@ -135,6 +135,13 @@ def score(toy, scene, caption, length_penalty):
     return total / len(caption) ** length_penalty
 
 
+@pytest.mark.parametrize("beam_size", [9, 12])
+def test_a_beam_wider_than_the_words_a_caption_may_begin_with_is_refused(annotations, beam_size):
+    net = small_model(words=12).decoder  # four of the twelve are special
+    with pytest.raises(ValueError, match="beam_size"):
+        beam_search(net, annotations, beam_size=beam_size, max_length=1)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_special_words_are_never_said_and_no_caption_is_empty(annotations, seed):
     net = small_model(words=12, seed=seed).decoder
@@ -168,6 +175,28 @@ def test_log_probabilities_are_those_of_the_words_under_teacher_forcing(decoder,
         expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(words)[:, None]).squeeze(1)
         assert torch.allclose(found.log_probabilities[image, 0, : len(words)], expected, atol=1e-5)
         assert torch.allclose(found.alpha[image, 0, : len(words)], result.alpha[0, 0], atol=1e-5)
+
+
+def test_sampled_log_probabilities_are_those_of_the_distribution_that_was_drawn_from(decoder, annotations):
+    found = sample(decoder, annotations, samples=2, max_length=8, temperature=0.7, seed=4)
+    for image, row in itertools.product(range(len(annotations)), range(2)):
+        words = said(found, image, row)
+        logits = decoder(annotations[image : image + 1], torch.tensor([[[START, *words]]])).logits.detach() / 0.7
+        logits[:, [PAD, START, UNKNOWN]] = float("-inf")
+        logits[0, END] = float("-inf")
+        expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(words)[:, None]).squeeze(1)
+        assert torch.allclose(found.log_probabilities[image, row, : len(words)], expected, atol=1e-5)
+        assert (found.log_probabilities[image, row, len(words) :] == 0).all()
+
+
+@pytest.mark.parametrize("search", [beam_search, lambda *args: sample(*args, samples=3, seed=0)])
+def test_a_search_sees_nothing_of_masked_regions(decoder, annotations, search):
+    mask = torch.tensor([True, True, False, True, False, True]).expand(6, -1)
+    found = search(decoder, annotations, mask)
+    changed = search(decoder, annotations.masked_fill(~mask[..., None], 1e6), mask)
+    assert torch.equal(found.words, changed.words)
+    assert torch.equal(found.scores, changed.scores)
+    assert (found.alpha[..., ~mask[0]] == 0).all()
 
 
 def test_hypotheses_come_best_first_and_are_all_different(decoder, annotations):
@@ -212,9 +241,10 @@ def test_without_a_seed_images_draw_independently(decoder, annotations):
     assert len({tuple(row) for row in sample(decoder, twice).words[:, 0].tolist()}) > 10
 
 
-def test_a_temperature_near_zero_is_greedy(decoder, annotations):
+@pytest.mark.parametrize("temperature", [1e-4, 1e-40])
+def test_a_temperature_near_zero_is_greedy(decoder, annotations, temperature):
     greedy = beam_search(decoder, annotations, beam_size=1)
-    cold = sample(decoder, annotations, temperature=1e-4, seed=3)
+    cold = sample(decoder, annotations, temperature=temperature, seed=3)
     assert [said(cold, image) for image in range(6)] == [said(greedy, image) for image in range(6)]
 
 
@@ -238,10 +268,11 @@ def test_words_are_drawn_as_often_as_they_are_likely(decoder, annotations):
     ("search", "options", "message"),
     [
         (beam_search, {"beam_size": 0}, "beam_size must be at least 1"),
-        (beam_search, {"beam_size": 31}, "more than the 30 words"),
+        (beam_search, {"beam_size": 31}, "more than the 26 words"),
         (beam_search, {"max_length": 0}, "max_length must be at least 1"),
         (sample, {"samples": 0}, "samples must be at least 1"),
         (sample, {"temperature": 0.0}, "temperature must be above 0"),
+        (sample, {"temperature": float("inf")}, "temperature"),
         (sample, {"top_p": 1.5}, "top_p must be above 0 and at most 1"),
     ],
 )
