@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint, half
         half: store floating-point weights in float16, half the size.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or a weight is not finite.
     """
     config = {
         "format": FORMAT,
@@ -60,6 +60,12 @@ def save_checkpoint(folder: str | os.PathLike[str], checkpoint: Checkpoint, half
         name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in checkpoint.model.state_dict().items()
     }
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{name} holds numbers that are not finite{' in float16' if half else ''}; "
+                f"the model is not saved, and {Path(folder)} is untouched"
+            )
     metadata = {"config": digest(config_bytes), "vocabulary": digest(vocabulary_bytes)}
     folder = Path(folder)
     try:
@@ -97,11 +103,16 @@ def load_checkpoint(folder: str | os.PathLike[str], device: torch.device | str =
                 f"{folder / file} is not the one that {WEIGHTS} was saved with; copy all three files again"
             )
     try:
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError("every word should be a string")
         vocabulary = Vocabulary(words)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / VOCABULARY} is no list of words: {error}") from error
+    try:
         model_config = ModelConfig(**{**config["model"], "grid": tuple(config["model"]["grid"])})
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
         model = ShowAttendTell(model_config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG} does not describe a model: {error}") from error
     if model_config.vocabulary_size != len(vocabulary):
         raise CheckpointError(
@@ -140,11 +151,30 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             path.chmod(0o644)
-        for path, final in zip(temporary, paths, strict=True):
-            os.replace(path, final)
+        swap(temporary, paths)
     finally:
         for path in temporary:
             path.unlink(missing_ok=True)
+
+
+def swap(temporary: Sequence[Path], paths: Sequence[Path]) -> None:
+    """Rename each temporary file to its path; where that is interrupted, put back what stood there before."""
+    before = [path.with_name(f"{new.name}.old") for new, path in zip(temporary, paths, strict=True)]
+    done: list[tuple[Path, Path]] = []
+    try:
+        for new, old, path in zip(temporary, before, paths, strict=True):
+            with contextlib.suppress(OSError):  # nothing stood there, or the file system has no hard links
+                os.link(path, old)
+            done.append((old, path))
+            os.replace(new, path)
+    except BaseException:
+        for old, path in done:
+            if old.exists():
+                os.replace(old, path)
+        raise
+    finally:
+        for old in before:
+            old.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """A saved model comes back as it was, and what is not whole is refused by name."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -142,6 +143,83 @@ def test_a_save_that_meets_a_full_disk_leaves_the_old_model_whole(folder, monkey
     monkeypatch.undo()
     assert same(load_checkpoint(folder), made(seed=0))
     assert len(os.listdir(folder)) == 3
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_save_interrupted_between_its_renames_leaves_the_old_model_whole(folder, monkeypatch, number, error):
+    rename, calls = os.replace, []
+
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) == number:
+            raise error
+        rename(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises((CheckpointError, KeyboardInterrupt)):
+        save_checkpoint(folder, dataclasses.replace(made(seed=1), about={"scores": {"CIDEr": 0.6}}))
+    monkeypatch.undo()
+    assert len(calls) >= number
+    assert len(os.listdir(folder)) == 3
+    loaded = load_checkpoint(folder)
+    assert same(loaded, made(seed=0))
+    assert loaded.about == made(seed=0).about
+
+
+@pytest.mark.parametrize(("value", "half"), [(float("nan"), False), (1e5, True)])
+def test_weights_that_could_not_be_loaded_again_do_not_replace_a_model(folder, value, half):
+    spoilt = made(seed=1)
+    with torch.no_grad():
+        spoilt.model.decoder.output_bias[5] = value
+    with pytest.raises(CheckpointError, match=r"decoder\.output_bias"):
+        save_checkpoint(folder, spoilt, half)
+    assert same(load_checkpoint(folder), made(seed=0))
+
+
+def written(folder, words, **changes):
+    """A checkpoint whose three files belong together, whatever its config says."""
+    checkpoint = made()
+    config = {
+        "format": module.FORMAT,
+        "model": dataclasses.asdict(checkpoint.model.config) | changes.pop("model", {}),
+        "preprocessing": checkpoint.preprocessing.to_dict(),
+    }
+    data = {"config": module.encode_json(config | changes), "vocabulary": module.encode_json(words)}
+    folder.mkdir()
+    for name, content in data.items():
+        (folder / f"{name}.json").write_bytes(content)
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", {name: module.digest(content) for name, content in data.items()})
+    return folder
+
+
+WORDS = [f"word{number}" for number in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "name"),
+    [
+        (WORDS[:2], {}, "vocabulary.json"),
+        (list(range(16)), {}, "vocabulary.json"),
+        (["word"] * 16, {}, "vocabulary.json"),
+        (WORDS, {"model": {"unknown": 1}}, "config.json"),
+        (WORDS, {"model": {"hidden_size": -1}}, "config.json"),
+        (WORDS, {"model": {"hidden_size": 10}}, "model.safetensors"),
+        (WORDS, {"model": {"grid": [3]}}, "config.json"),
+        (WORDS, {"preprocessing": [1]}, "config.json"),
+    ],
+)
+def test_files_that_belong_together_but_describe_no_model_are_refused_by_name(tmp_path, words, changes, name):
+    with pytest.raises(CheckpointError, match=name):
+        load_checkpoint(written(tmp_path / "model", words, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"tie_embeddings": True}, {"annotation_size": 0}])
+def test_every_kind_of_model_comes_back(tmp_path, changes):
+    saved = dataclasses.replace(made(), model=small_model(20, **changes))
+    save_checkpoint(tmp_path / "model", saved)
+    assert same(load_checkpoint(tmp_path / "model"), saved)
 
 
 def test_files_of_two_saves_are_never_taken_for_one_model(folder, tmp_path):
