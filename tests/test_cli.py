@@ -186,7 +186,12 @@ def test_an_interrupt_leaves_whole_lines(small_folder, tmp_path):
         (tmp_path / "photos" / f"{number:04d}.jpg").symlink_to(PHOTOS / "cat.jpg")
     output = tmp_path / "captions.jsonl"
     arguments = (tmp_path / "photos", "--batch-size", 4, "--format", "jsonl", "--output", output)
-    process = subprocess.Popen(command(small_folder, *arguments), stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command(small_folder, *arguments),
+        stderr=subprocess.PIPE,
+        # A shell that runs the tests in the background has them ignore the signal, and so what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (output.exists() and output.stat().st_size > 2000):
         time.sleep(0.05)
         assert process.poll() is None

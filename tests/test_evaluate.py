@@ -143,7 +143,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_captioning(model, r
 def test_numbers_below_one_are_wrong_usage(model, root, tmp_path, capsys, option):
     with pytest.raises(SystemExit, match="2"):
         run(model, root, tmp_path / "out", option, "0")
-    assert f"{option}: should be at least 1, not 0" in capsys.readouterr().err
+    assert f"{option}: must be at least 1, not 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
