@@ -35,6 +35,8 @@ class Caption:
             of the T maps sums to 1. The mean over the heads where attention has several.
         image: the photograph as it was seen: upright, RGB.
         alternatives: the other captions found, best first.
+        head_attention: float32 (T, heads, rows, columns), the maps of each head, of which `attention` is the mean;
+            a transformer's heads are those of its first layer, then those of the next. None where there is one.
         displacement: how far up and left of its middle the encoder sees each region from, as a share of the
             image's height and width; pictures of the attention take it into account.
     """
@@ -44,6 +46,7 @@ class Caption:
     attention: np.ndarray = dataclasses.field(repr=False, compare=False)
     image: Image.Image = dataclasses.field(repr=False, compare=False)
     alternatives: tuple["Caption", ...] = dataclasses.field(default=(), repr=False)
+    head_attention: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
     displacement: tuple[float, float] = dataclasses.field(default=(0.0, 0.0), repr=False)
 
     @property
@@ -85,33 +88,55 @@ class Caption:
             raise KeyError(f"there is no word {word}; the caption has {len(self.words)}: {str(self)!r}")
         return word % len(self.words)
 
-    def heatmap(self, word: str | int, **options: Any) -> Image.Image:
+    @property
+    def heads(self) -> int:
+        """How many attention maps there are of each word."""
+        return 1 if self.head_attention is None else self.head_attention.shape[1]
+
+    def maps(self, head: int | None = None) -> np.ndarray:
+        """The map of each word, (T, rows, columns): a head's, or the mean over all heads.
+
+        Raises:
+            IndexError: there is no such head.
+        """
+        if head is None:
+            return self.attention
+        if not 0 <= head < self.heads:
+            raise IndexError(f"there is no head {head}; this model has {self.heads}, counted from 0")
+        return self.attention if self.head_attention is None else self.head_attention[:, head]
+
+    def heatmap(self, word: str | int, head: int | None = None, **options: Any) -> Image.Image:
         """The photograph with the places lit up that the model looked at as it said `word`.
 
         Args:
             word: the word, or its position.
+            head: which head's map; None for the mean over the heads.
             options: see `captioner.heatmap.overlay`.
 
         Raises:
             KeyError: the caption has no such word.
+            IndexError: there is no such head.
         """
-        return heatmap.overlay(self.image, self.attention[self.index(word)], displacement=self.displacement, **options)
+        lit = self.maps(head)[self.index(word)]
+        return heatmap.overlay(self.image, lit, displacement=self.displacement, **options)
 
-    def figure(self, **options: Any) -> Image.Image:
+    def figure(self, head: int | None = None, **options: Any) -> Image.Image:
         """The photograph, then each word over its map, in a grid as in the paper's Figure 2.
 
         Args:
+            head: as in `heatmap`.
             options: see `captioner.heatmap.figure`.
         """
-        return heatmap.figure(self.image, self.words, self.attention, displacement=self.displacement, **options)
+        return heatmap.figure(self.image, self.words, self.maps(head), displacement=self.displacement, **options)
 
-    def animation(self, **options: Any) -> list[Image.Image]:
+    def animation(self, head: int | None = None, **options: Any) -> list[Image.Image]:
         """One frame a word, for `captioner.heatmap.save_animation`.
 
         Args:
+            head: as in `heatmap`.
             options: see `captioner.heatmap.animation`.
         """
-        return heatmap.animation(self.image, self.words, self.attention, displacement=self.displacement, **options)
+        return heatmap.animation(self.image, self.words, self.maps(head), displacement=self.displacement, **options)
 
     def to_dict(self, attention: bool = False) -> dict[str, Any]:
         """Plain data, ready for JSON.
@@ -256,7 +281,7 @@ class Captioner:
 
     def read(self, found: Hypotheses, photos: Sequence[Image.Image], alternatives: int) -> list[Caption]:
         """Turn what a search found into captions."""
-        words, alphas = found.words.cpu().numpy(), found.alpha.mean(dim=3).cpu().numpy()
+        words, alphas = found.words.cpu().numpy(), found.alpha.float().cpu().numpy()
         log_probabilities = found.log_probabilities.cpu().numpy()
         grid = self.model.config.grid
         pixels = self.model.encoder.displacement
@@ -267,12 +292,14 @@ class Captioner:
             for j in range(alternatives + 1):
                 said = int((words[i, j] != PAD).sum())
                 spoken = said - 1 if words[i, j, said - 1] == END else said
+                maps = alphas[i, j, :spoken].reshape(spoken, -1, *grid)  # by word and head
                 rows.append(
                     Caption(
                         words=tuple(self.vocabulary.words[index] for index in words[i, j, :spoken]),
                         word_log_probabilities=tuple(log_probabilities[i, j, :said].tolist()),
-                        attention=alphas[i, j, :spoken].reshape(spoken, *grid).astype(np.float32),
+                        attention=maps.mean(axis=1),
                         image=photo,
+                        head_attention=maps if self.model.decoder.heads > 1 else None,
                         displacement=displacement,
                     )
                 )

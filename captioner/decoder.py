@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captioner.attention import build_attention
+from captioner.attention import Attended, build_attention
 from captioner.vocabulary import PAD
 
 
@@ -35,13 +35,13 @@ class Step(NamedTuple):
     logits: (images, rows, vocabulary), scores of the next word before softmax.
     state: the state after it.
     alpha: (images, rows, heads, regions), where it looked; sums to 1 over the regions.
-    beta: (images, rows), how far the context vector was let in, 0 to 1.
+    beta: (images, rows), how far the context vector was let in, 0 to 1; None where there is no such gate.
     """
 
     logits: Tensor
-    state: State
+    state: Any
     alpha: Tensor
-    beta: Tensor
+    beta: Tensor | None
 
 
 class TeacherForced(NamedTuple):
@@ -50,11 +50,16 @@ class TeacherForced(NamedTuple):
     logits: (N, vocabulary), scores of those words, caption by caption.
     targets: (N,), the words that stood there.
     alpha: (images, rows, steps, heads, regions), zero after a caption's end.
+    real: (images, rows, steps), True at the N words.
+    choice: (images, rows, steps), logarithm of the probability of the regions that were drawn, zero after a
+        caption's end; None unless attention draws (`captioner.attention.HardAttention`).
     """
 
     logits: Tensor
     targets: Tensor
     alpha: Tensor
+    real: Tensor
+    choice: Tensor | None = None
 
 
 class AttentionLSTM(nn.Module):
@@ -77,6 +82,7 @@ class AttentionLSTM(nn.Module):
         embedding_size, hidden_size, attention_size: sizes of E y, of h and c, and of the keys.
         dropout: share of the word embedding and of the output layer's input dropped in training.
         tie_embeddings: whether L_o and E are one matrix (Press and Wolf 2017).
+        heads, hard_inference: of the attention mechanisms that have them; see `build_attention`.
     """
 
     def __init__(
@@ -89,10 +95,13 @@ class AttentionLSTM(nn.Module):
         attention_size: int = 512,
         dropout: float = 0.5,
         tie_embeddings: bool = False,
+        heads: int = 8,
+        hard_inference: str = "argmax",
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=PAD)
-        self.attention = build_attention(attention, channels, hidden_size, attention_size)
+        self.attention = build_attention(attention, channels, hidden_size, attention_size, heads, hard_inference)
+        self.heads = self.attention.heads
         self.initial_hidden = nn.Linear(channels, hidden_size)
         self.initial_cell = nn.Linear(channels, hidden_size)
         self.beta = nn.Linear(hidden_size, 1)
@@ -147,8 +156,8 @@ class AttentionLSTM(nn.Module):
             word_gates = self.word_to_gates(embedded)
         else:
             word_gates = nn.functional.embedding(words, self.gates_of_words)
-        state, context, alpha, beta = self.advance(scene, state, word_gates)
-        return Step(self.predict(embedded, state.hidden, context), state, alpha, beta)
+        state, seen, beta = self.advance(scene, state, word_gates)
+        return Step(self.predict(embedded, state.hidden, seen.context), state, seen.alpha, beta)
 
     def forward(self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None) -> TeacherForced:
         """Read whole captions, each word predicted from the true ones before it.
@@ -168,28 +177,31 @@ class AttentionLSTM(nn.Module):
         word_gates = self.word_to_gates(embedded)
 
         state = self.initial_state(scene, captions.shape[1])
-        hiddens, contexts, alphas = [], [], []
+        hiddens, contexts, alphas, choices = [], [], [], []
         for rows, gates in zip(rows_left, word_gates.unbind(dim=2), strict=True):
             state = State(state.hidden[:, :rows], state.cell[:, :rows])
-            state, context, alpha, _ = self.advance(scene, state, gates[:, :rows])
+            state, seen, _ = self.advance(scene, state, gates[:, :rows])
             absent = captions.shape[1] - rows
             hiddens.append(nn.functional.pad(state.hidden, (0, 0, 0, absent)))
-            contexts.append(nn.functional.pad(context, (0, 0, 0, absent)))
-            alphas.append(nn.functional.pad(alpha, (0, 0, 0, 0, 0, absent)))
+            contexts.append(nn.functional.pad(seen.context, (0, 0, 0, absent)))
+            alphas.append(nn.functional.pad(seen.alpha, (0, 0, 0, 0, 0, absent)))
+            if seen.choice is not None:
+                choices.append(nn.functional.pad(seen.choice, (0, absent)))
         hidden, context, alpha = (torch.stack(parts, dim=2) for parts in (hiddens, contexts, alphas))
         logits = self.predict(embedded[real], hidden[real], context[real])
-        return TeacherForced(logits, targets[real], alpha * real[..., None, None])
+        choice = torch.stack(choices, dim=2) * real if choices else None
+        return TeacherForced(logits, targets[real], alpha * real[..., None, None], real, choice)
 
-    def advance(self, scene: Scene, state: State, word_gates: Tensor) -> tuple[State, Tensor, Tensor, Tensor]:
-        """The recurrence: the new state, the gated context vector, alpha and beta."""
-        context, alpha = self.attention(state.hidden, scene.keys, scene.annotations, scene.mask)
+    def advance(self, scene: Scene, state: State, word_gates: Tensor) -> tuple[State, Attended, Tensor]:
+        """The recurrence: the new state, what was seen (its context vector gated), and beta."""
+        seen = self.attention(state.hidden, scene.keys, scene.annotations, scene.mask)
         beta = torch.sigmoid(self.beta(state.hidden))
-        context = beta * context
+        context = beta * seen.context
         gates = word_gates + self.state_to_gates(torch.cat([context, state.hidden], dim=-1))
         write, forget, read, candidate = gates.chunk(4, dim=-1)
         cell = torch.sigmoid(forget) * state.cell + torch.sigmoid(write) * torch.tanh(candidate)
         hidden = torch.sigmoid(read) * torch.tanh(cell)
-        return State(hidden, cell), context, alpha, beta.squeeze(-1)
+        return State(hidden, cell), seen._replace(context=context), beta.squeeze(-1)
 
     def predict(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """The deep output layer (equation 7): scores of the next word, (..., vocabulary)."""

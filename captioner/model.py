@@ -2,12 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captioner.decoder import AttentionLSTM, TeacherForced
 from captioner.encoder import Encoder
+from captioner.transformer import AnnotationTransformer, TransformerDecoder
+
+DECODERS = ("lstm", "transformer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,16 +19,25 @@ class ModelConfig:
     """Everything needed to build the network again, as plain data.
 
     encoder, node, grid: see `captioner.encoder.Encoder`.
-    attention: name of the attention mechanism.
+    encoder_self_attention: layers in which the annotation vectors attend to each other before the decoder reads
+        them; 0 for none, as in the paper.
+    decoder: "lstm", the paper's, or "transformer".
+    attention: name of the attention mechanism, a key of `captioner.attention.MECHANISMS`.
     annotation_size: size of the annotation vectors that the decoder reads, a learnt projection of the encoder's
         channels; 0 to read these as they are, as the paper does.
+    embedding_size: size of word embeddings; a transformer's are of hidden_size.
+    heads: of every multi-head attention in the network.
+    layers: of a transformer decoder.
     dropout: share dropped of projected annotation vectors, word embeddings and the output layer's input.
+    hard_inference: what `hard` attention sees when not training, "argmax" or "expectation".
     """
 
     vocabulary_size: int
     encoder: str = "mobilenet_v2"
     node: str = ""
     grid: tuple[int, int] = (7, 7)
+    encoder_self_attention: int = 0
+    decoder: str = "lstm"
     attention: str = "additive"
     annotation_size: int = 512
     attention_size: int = 512
@@ -32,14 +45,20 @@ class ModelConfig:
     hidden_size: int = 512
     dropout: float = 0.5
     tie_embeddings: bool = False
+    heads: int = 8
+    layers: int = 2
+    hard_inference: str = "argmax"
 
 
 class ShowAttendTell(nn.Module):
-    """A CNN that gives annotation vectors and an LSTM that attends over them while it writes (Xu et al. 2015).
+    """A CNN that gives annotation vectors and a decoder that attends over them while it writes (Xu et al. 2015).
 
     Args:
         config: the sizes and names.
         encoder_weights: for a new model to be trained: a torchvision weights name or a file; see `Encoder`.
+
+    Raises:
+        ValueError: no such encoder, decoder or attention, or sizes that do not fit each other.
     """
 
     def __init__(self, config: ModelConfig, encoder_weights: str | Path | None = None) -> None:
@@ -52,16 +71,12 @@ class ShowAttendTell(nn.Module):
             self.project = nn.Sequential(
                 nn.Linear(self.encoder.channels, channels), nn.ReLU(), nn.Dropout(config.dropout)
             )
-        self.decoder = AttentionLSTM(
-            config.vocabulary_size,
-            channels,
-            config.attention,
-            config.embedding_size,
-            config.hidden_size,
-            config.attention_size,
-            config.dropout,
-            config.tie_embeddings,
-        )
+        self.refine: nn.Module = nn.Identity()
+        if config.encoder_self_attention:
+            self.refine = AnnotationTransformer(
+                channels, self.encoder.grid, config.encoder_self_attention, config.heads, config.dropout
+            )
+        self.decoder = build_decoder(config, channels)
 
     def annotate(self, images: Tensor) -> Tensor:
         """The annotation vectors the decoder reads, (batch, regions, annotation_size).
@@ -70,7 +85,7 @@ class ShowAttendTell(nn.Module):
             images: (batch, 3, height, width), or what `self.encoder` gave for them, (batch, regions, channels):
                 a frozen encoder needs to see an image only once.
         """
-        return self.project(self.encoder(images) if images.dim() == 4 else images)
+        return self.refine(self.project(self.encoder(images) if images.dim() == 4 else images))
 
     def forward(self, images: Tensor, captions: Tensor) -> TeacherForced:
         """Captions under teacher forcing.
@@ -85,3 +100,25 @@ class ShowAttendTell(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+
+def build_decoder(config: ModelConfig, channels: int) -> AttentionLSTM | TransformerDecoder:
+    """The decoder that the config names, for annotation vectors of size `channels`."""
+    if config.decoder not in DECODERS:
+        raise ValueError(f"no decoder {config.decoder!r}; choose one of {', '.join(DECODERS)}")
+    shared: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in (
+            "vocabulary_size",
+            "attention",
+            "hidden_size",
+            "attention_size",
+            "dropout",
+            "tie_embeddings",
+            "heads",
+            "hard_inference",
+        )
+    }
+    if config.decoder == "transformer":
+        return TransformerDecoder(channels=channels, layers=config.layers, **shared)
+    return AttentionLSTM(channels=channels, embedding_size=config.embedding_size, **shared)

@@ -2,10 +2,11 @@
 
 Every search keeps its hypotheses in tensors of shape (images, rows, ...), where the rows of an image are its beams
 or its samples, and advances all of them in one step of the decoder. A hypothesis that has ended stays in its row
-and is padded. The decoder may be any module with `look`, `initial_state` and `step` like
-`captioner.decoder.AttentionLSTM`, whose state is a tuple of tensors of shape (images, rows, ...).
+and is padded. The decoder may be any module with `heads`, `look`, `initial_state` and `step` like
+`captioner.decoder.AttentionLSTM`, whose state is a named tuple of tensors of shape (images, rows, ...).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ def sample(
     max_length: int = 20,
     temperature: float = 1.0,
     top_p: float = 1.0,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     block_ngrams: int = 0,
 ) -> Hypotheses:
     """Captions drawn word by word from the model's own distribution.
@@ -147,7 +148,7 @@ def sample(
         temperature: divides the logits; below 1 safer, above 1 bolder.
         top_p: draw only among the likeliest words that together reach this probability (Holtzman et al. 2020).
         seed: the same seed gives the same captions, however the images are batched, because each image is
-            drawn with the same random numbers; None draws afresh.
+            drawn with the same random numbers, or with its own where there is a seed for each; None draws afresh.
 
     Returns:
         Hypotheses with `samples` rows, the likeliest first; log-probabilities are those of the distribution
@@ -168,8 +169,9 @@ def sample(
     if seed is None:
         chances = torch.rand(annotations.shape[0], samples, max_length)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        chances = torch.rand(samples, max_length, generator=generator).expand(annotations.shape[0], -1, -1)
+        seeds = [seed] if isinstance(seed, int) else seed
+        drawn = [torch.rand(samples, max_length, generator=torch.Generator().manual_seed(one)) for one in seeds]
+        chances = torch.stack(drawn).expand(annotations.shape[0], -1, -1)
     chances = chances.to(annotations)
 
     for t in range(max_length):
@@ -199,14 +201,13 @@ def start(decoder: Any, annotations: Tensor, mask: Tensor | None, rows: int) -> 
     """The scene, the first state, and hypotheses without a word yet."""
     images, regions, _ = annotations.shape
     scene = decoder.look(annotations, mask)
-    heads = decoder.attention.heads
     return (
         scene,
         decoder.initial_state(scene, rows),
         Hypotheses(
             torch.empty(images, rows, 0, dtype=torch.long, device=annotations.device),
             annotations.new_empty(images, rows, 0),
-            annotations.new_empty(images, rows, 0, heads, regions),
+            annotations.new_empty(images, rows, 0, decoder.heads, regions),
             annotations.new_zeros(images, rows),
         ),
     )

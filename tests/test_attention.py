@@ -1,4 +1,4 @@
-"""Attention weights are a distribution over the regions, and the one that the paper's equation gives."""
+"""Attention weights are a distribution over the regions, and those that each mechanism's equation gives."""
 
 import math
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from captioner.attention import AdditiveAttention, build_attention
+from captioner.attention import MECHANISMS, AdditiveAttention, HardAttention, build_attention
+from captioner.decoder import TeacherForced
+from training.losses import caption_loss, hard_attention_loss, word_log_probabilities
 
 SIZES = {"channels": 6, "hidden_size": 5, "attention_size": 4}
 
@@ -21,46 +24,247 @@ def inputs(images: int, rows: int, regions: int, seed: int):
     return hidden, annotations, mask
 
 
-@settings(deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 10**6), st.floats(0.1, 50))
-def test_weights_are_non_negative_sum_to_one_and_are_zero_on_padding(images, rows, regions, seed, scale):
+def attention_of(name: str, seed: int = 0, scale: float = 1.0, **options):
+    torch.manual_seed(seed)
+    attention = build_attention(name, **SIZES, heads=2, **options)
+    for weight in attention.parameters():
+        nn.init.normal_(weight, std=scale)
+    return attention
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", MECHANISMS)
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(0, 10**6), st.floats(0.1, 5))
+def test_weights_are_non_negative_sum_to_one_and_are_zero_on_padding(
+    name, training, images, rows, regions, seed, scale
+):
     hidden, annotations, mask = inputs(images, rows, regions, seed)
-    attention = AdditiveAttention(**SIZES)
-    torch.nn.init.normal_(attention.v.weight, std=scale)
-    context, alpha = attention(hidden, attention.keys(annotations), annotations, mask)
-    assert alpha.shape == (images, rows, 1, regions)
+    attention = attention_of(name, seed, scale).train(training)
+    context, alpha, _ = attention(hidden, attention.keys(annotations), annotations, mask)
+    assert alpha.shape == (images, rows, attention.heads, regions)
     assert context.shape == (images, rows, SIZES["channels"])
     assert (alpha >= 0).all()
-    assert torch.allclose(alpha.sum(dim=-1), torch.ones(images, rows, 1), atol=1e-5)
-    assert (alpha.squeeze(2)[~mask[:, None, :].expand(-1, rows, -1)] == 0).all()
+    assert torch.allclose(alpha.sum(dim=-1), torch.ones(images, rows, attention.heads), atol=1e-5)
+    assert (alpha[~mask[:, None, None, :].expand_as(alpha)] == 0).all()
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_is_not_real_is_never_seen(name):
+    hidden, annotations, mask = inputs(3, 2, 8, seed=4)
+    attention = attention_of(name).eval()
+    changed = torch.where(mask[..., None], annotations, 100.0)
+    first, second = (attention(hidden, attention.keys(x), x, mask).context for x in (annotations, changed))
+    assert torch.allclose(first, second, atol=1e-5)
 
 
 @torch.no_grad()
-def test_the_weights_are_those_of_the_equation():
+def test_additive_weights_are_those_of_the_equation():
     hidden, annotations, mask = inputs(2, 3, 5, seed=1)
-    attention = AdditiveAttention(**SIZES)
-    context, alpha = attention(hidden, attention.keys(annotations), annotations, mask)
-    W, b, U, v = attention.W.weight, attention.W.bias, attention.U.weight, attention.v.weight[0]
+    attention = attention_of("additive")
+    context, alpha, _ = attention(hidden, attention.keys(annotations), annotations, mask)
     for i in range(2):
         for r in range(3):
-            scores = [
-                math.exp(float(v @ torch.tanh(W @ annotations[i, k] + b + U @ hidden[i, r]))) if mask[i, k] else 0.0
-                for k in range(5)
-            ]
-            weights = torch.tensor(scores) / sum(scores)
+            weights = additive_by_hand(attention, hidden[i, r], annotations[i], mask[i])
             assert torch.allclose(alpha[i, r, 0], weights, atol=1e-6)
             assert torch.allclose(context[i, r], (weights[:, None] * annotations[i]).sum(dim=0), atol=1e-5)
 
 
-def test_rows_that_share_an_image_get_what_each_would_get_alone():
+def additive_by_hand(attention, h, a, real):
+    """softmax(v . tanh(W a_i + b + U h)), one region at a time."""
+    W, b, U, v = attention.W.weight, attention.W.bias, attention.U.weight, attention.v.weight[0]
+    scores = [math.exp(float(v @ torch.tanh(W @ a[k] + b + U @ h))) if real[k] else 0.0 for k in range(len(a))]
+    return torch.tensor(scores) / sum(scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dot", "scaled_dot"])
+def test_products_are_torchs_scaled_dot_product_attention(name):
+    hidden, annotations, mask = inputs(2, 3, 5, seed=2)
+    attention = attention_of(name)
+    context, alpha, _ = attention(hidden, attention.keys(annotations), annotations, mask)
+    expected = nn.functional.scaled_dot_product_attention(
+        attention.U(hidden),
+        attention.W(annotations),
+        annotations,
+        attn_mask=mask[:, None, :],
+        scale=1.0 if name == "dot" else None,
+    )
+    assert torch.allclose(context, expected, atol=1e-5)
+    assert torch.allclose(alpha[:, :, 0] @ annotations, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_several_heads_are_torchs_multi_head_attention():
+    size, heads = 12, 3
+    torch.manual_seed(3)
+    ours = build_attention("multi_head", channels=size, hidden_size=size, attention_size=size, heads=heads)
+    theirs = nn.MultiheadAttention(size, heads, batch_first=True)
+    theirs.in_proj_weight.copy_(torch.cat([ours.U.weight, ours.W.weight, ours.V.weight]))
+    theirs.in_proj_bias.copy_(torch.cat([ours.U.bias, ours.W.bias, ours.V.bias]))
+    theirs.out_proj.load_state_dict(ours.O.state_dict())
+    hidden, annotations = torch.randn(2, 4, size), torch.randn(2, 7, size)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[1, 3:] = False
+    context, alpha, _ = ours(hidden, ours.keys(annotations), annotations, mask)
+    expected, maps = theirs(hidden, annotations, annotations, key_padding_mask=~mask, average_attn_weights=False)
+    assert torch.allclose(context, expected, atol=1e-5)
+    assert torch.allclose(alpha, maps.transpose(1, 2), atol=1e-6)
+
+
+def test_no_attention_sees_the_mean_of_what_is_real():
+    hidden, annotations, mask = inputs(2, 3, 5, seed=5)
+    attention = attention_of("none")
+    context = attention(hidden, attention.keys(annotations), annotations, mask).context
+    for i in range(2):
+        assert torch.allclose(context[i], annotations[i][mask[i]].mean(dim=0).expand(3, -1), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inference", ["argmax", "expectation"])
+def test_hard_attention_sees_one_region_or_the_expectation(inference):
+    hidden, annotations, mask = inputs(2, 3, 5, seed=6)
+    attention = attention_of("hard", hard_inference=inference).eval()
+    context, alpha, choice = attention(hidden, attention.keys(annotations), annotations, mask)
+    assert choice is None
+    for i in range(2):
+        for r in range(3):
+            weights = additive_by_hand(attention, hidden[i, r], annotations[i], mask[i])
+            if inference == "argmax":
+                weights = nn.functional.one_hot(weights.argmax(), 5).float()
+            assert torch.allclose(alpha[i, r, 0], weights, atol=1e-6)
+            assert torch.allclose(context[i, r], weights @ annotations[i], atol=1e-5)
+
+
+@torch.no_grad()
+def test_hard_attention_draws_a_region_by_its_weight_and_half_of_the_images_are_seen_by_expectation():
+    hidden, annotations, mask = (x[:1].expand(4000, *x.shape[1:]) for x in inputs(1, 2, 4, seed=9))
+    attention = attention_of("hard").train()
+    torch.manual_seed(0)
+    context, alpha, choice = attention(hidden, attention.keys(annotations), annotations, mask)
+    drawn = choice[:, 0] < 0
+    assert drawn.eq(choice[:, 1] < 0).all()  # one coin an image
+    assert 0.45 < drawn.float().mean() < 0.55
+    assert torch.allclose(context[~drawn], alpha[~drawn, :, 0] @ annotations[~drawn], atol=1e-6)
+    same = (context[drawn, 0, None] - annotations[drawn]).abs().amax(dim=2) < 1e-6
+    assert (same.sum(dim=1) == 1).all()
+    region = same.float().argmax(dim=1, keepdim=True)
+    assert torch.allclose(alpha[drawn, 0, 0].gather(1, region).log().squeeze(1), choice[drawn, 0], atol=1e-5)
+    assert torch.allclose(same.float().mean(dim=0), alpha[0, 0, 0], atol=0.04)
+
+
+def toy(images: int):
+    """One word to say of images with three regions, of which only the last one shows it."""
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 3.0]])
+    annotations = logits.expand(images, 3, 3)
+    hidden = torch.ones(images, 1, 2)
+    torch.manual_seed(1)
+    return HardAttention(channels=3, hidden_size=2, attention_size=4).double().train(), annotations, hidden
+
+
+def toy_output(attention, annotations, hidden):
+    context, alpha, choice = attention(hidden, attention.keys(annotations), annotations)
+    images = len(context)
+    targets = torch.full((images,), 2)
+    real = torch.ones(images, 1, 1, dtype=torch.bool)
+    return TeacherForced(context[:, 0], targets, alpha[:, :, None], real, choice[:, :, None])
+
+
+def toy_loss(output, baseline, entropy=0.0):
+    images = len(output.targets)
+    told = word_log_probabilities(output).detach()
+    return caption_loss(output, images, images, 0.0, 0.0) + hard_attention_loss(output, told, images, baseline, entropy)
+
+
+@pytest.mark.parametrize("baseline", [0.0, -1.5])
+def test_the_drawn_gradient_is_the_exact_one_in_expectation(baseline):
+    images = 200_000
+    attention, annotations, hidden = toy(images)
+    annotations, hidden = annotations.double(), hidden.double()
+    loss = toy_loss(toy_output(attention, annotations, hidden), baseline)
+    drawn = torch.autograd.grad(loss, list(attention.parameters()))
+
+    attention.eval()
+    scores = attention.scores(hidden[:1], attention.keys(annotations[:1])[..., :-1])
+    alpha = scores.softmax(dim=-1)[0, 0]
+    by_region = annotations[0].log_softmax(dim=-1)[:, 2]
+    by_expectation = (alpha @ annotations[0]).log_softmax(dim=-1)[2]
+    objective = -(alpha @ by_region + by_expectation) / 2
+    exact = torch.autograd.grad(objective, list(attention.parameters()))
+    assert max(part.abs().max() for part in exact) > 0.05
+    for ours, theirs in zip(drawn, exact, strict=True):
+        assert torch.allclose(ours, theirs, atol=0.01 * max(float(part.abs().max()) for part in exact))
+
+
+def test_hard_attention_finds_the_region_that_tells():
+    attention, annotations, hidden = toy(64)
+    annotations, hidden = annotations.double(), hidden.double()
+    optimiser = torch.optim.Adam(attention.parameters(), lr=0.05)
+    baseline = None
+    for _ in range(100):
+        output = toy_output(attention, annotations, hidden)
+        optimiser.zero_grad()
+        toy_loss(output, baseline).backward()
+        optimiser.step()
+        told = float(word_log_probabilities(output).detach().mean())
+        baseline = told if baseline is None else 0.9 * baseline + 0.1 * told
+    assert toy_output(attention, annotations, hidden).alpha[0, 0, 0, 0, 2].item() > 0.9
+
+
+def test_the_entropy_term_spreads_the_weights():
+    attention, annotations, hidden = toy(64)
+    nn.init.constant_(attention.v.weight, 1.5)
+    annotations, hidden = annotations.double(), hidden.double()
+    optimiser = torch.optim.Adam(attention.parameters(), lr=0.05)
+
+    def entropy():
+        alpha = toy_output(attention, annotations, hidden).alpha[0, 0, 0, 0].detach()
+        return float(-(alpha * alpha.log()).sum())
+
+    assert entropy() < 1.0
+    for _ in range(100):
+        optimiser.zero_grad()
+        toy_loss(toy_output(attention, annotations, hidden), None, entropy=10.0).backward()
+        optimiser.step()
+    assert entropy() == pytest.approx(math.log(3), abs=0.01)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_rows_that_share_an_image_get_what_each_would_get_alone(name):
     hidden, annotations, mask = inputs(1, 4, 7, seed=2)
-    attention = AdditiveAttention(**SIZES)
-    together, _ = attention(hidden, attention.keys(annotations), annotations, mask)
+    attention = attention_of(name).eval()
+    together = attention(hidden, attention.keys(annotations), annotations, mask)
     for row in range(4):
-        alone, _ = attention(hidden[:, row : row + 1], attention.keys(annotations), annotations, mask)
-        assert torch.allclose(together[:, row : row + 1], alone, atol=1e-6)
+        alone = attention(hidden[:, row : row + 1], attention.keys(annotations), annotations, mask)
+        assert torch.allclose(together.alpha[:, row : row + 1], alone.alpha, atol=1e-6)
+        assert torch.allclose(together.context[:, row : row + 1], alone.context, atol=1e-5)
+
+
+def test_hard_attention_by_expectation_is_additive_attention():
+    hidden, annotations, mask = inputs(2, 3, 5, seed=6)
+    hard = attention_of("hard", hard_inference="expectation").eval()
+    soft = AdditiveAttention(**SIZES)
+    soft.load_state_dict(hard.state_dict())
+    for ours, theirs in zip(
+        hard(hidden, hard.keys(annotations), annotations, mask)[:2],
+        soft(hidden, soft.keys(annotations), annotations, mask)[:2],
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_an_unknown_mechanism_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="additive"):
+    with pytest.raises(ValueError, match=r"additive.*multi_head"):
         build_attention("telepathy", **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("multi_head", {"heads": 3}, "attention_size 4 cannot be divided into 3 heads"),
+        ("hard", {"hard_inference": "guess"}, "'guess'"),
+    ],
+)
+def test_sizes_and_names_that_do_not_fit_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_attention(name, **SIZES, **options)

@@ -30,8 +30,7 @@ ITEMS = [CaptionedImage(path, ("a photo", "one more photo of it")) for path in s
 def epoch_of(count=11, batch_size=4, epoch=0, rank=0, size=1, seed=0):
     features = np.arange(count, dtype=np.float16).reshape(count, 1, 1)
     captions = [[[START, 4 + index, 5, END], [START, 4 + index, END]] for index in range(count)]
-    names = [f"{index}.jpg" for index in range(count)]
-    return EpochBatches(FeatureSource(features), names, captions, batch_size, seed, epoch, rank, size)
+    return EpochBatches(FeatureSource(features), captions, batch_size, seed, epoch, rank, size)
 
 
 def seen(batches):
@@ -61,12 +60,12 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert seen(epoch_of()) != seen(epoch_of(seed=1))
 
 
-def test_images_come_with_their_own_captions_and_names():
+def test_images_come_with_their_own_captions_and_indices():
     for batch in epoch_of():
-        for image, captions, name in zip(batch.images, batch.captions, batch.names, strict=True):
-            index = int(image)
+        for image, captions, index in zip(batch.images, batch.captions, batch.indices, strict=True):
+            assert index == int(image)
             assert captions.tolist() == [[START, 4 + index, 5, END], [START, 4 + index, END, PAD]]
-            assert name == f"{index}.jpg"
+        assert batch.size == (4 if len(batch.indices) == 4 else 3)
         assert batch.words == int((batch.captions[..., 1:] != PAD).sum())
 
 
@@ -134,8 +133,8 @@ def result_of(seed=0):
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(1, 9, (7,), generator=generator)
     alpha = torch.rand(2, 2, 3, 1, 4, generator=generator)
-    alpha[1, 1] = 0  # a row without a caption
-    return TeacherForced(torch.randn(7, 9, generator=generator), targets, alpha)
+    real = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0]]]).bool()  # the last row has no caption
+    return TeacherForced(torch.randn(7, 9, generator=generator), targets, alpha * real[..., None, None], real)
 
 
 def test_the_loss_is_the_papers_equation():
@@ -154,7 +153,7 @@ def test_the_shares_of_two_processes_add_up():
     output = result_of()
     whole = caption_loss(output, 7, 3, 0.1, 0.3)
     parts = [
-        TeacherForced(output.logits[:4], output.targets[:4], output.alpha[:1]),
-        TeacherForced(output.logits[4:], output.targets[4:], output.alpha[1:]),
+        TeacherForced(output.logits[:5], output.targets[:5], output.alpha[:1], output.real[:1]),
+        TeacherForced(output.logits[5:], output.targets[5:], output.alpha[1:], output.real[1:]),
     ]
     assert float(sum(caption_loss(part, 7, 3, 0.1, 0.3) for part in parts)) == pytest.approx(float(whole), rel=1e-6)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from captioner import Captioner
+from captioner.attention import MECHANISMS
 from captioner.encoder import Encoder
 from captioner.images import Preprocessing
 from training import trainer
@@ -25,9 +26,11 @@ from training.distributed import Distributed
 from training.features import cached_features, features_key
 from training.train import main
 
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
 ALONE = Distributed(0, 1, torch.device("cpu"))
 PROJECT = Path(__file__).parents[1]
-TWO_STAGES = ["--epochs", "2", "--finetune-epochs", "3", "--finetune-from", "features.17", "--checkpoint-every", "1"]
+STAGES = """--epochs 2 --finetune-epochs 2 --finetune-from features.17 --scst-epochs 2 --scst-encoder-learning-rate 1e-5
+--scst-samples 3 --max-length 8 --checkpoint-every 1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +56,9 @@ def options(root, cache, weights):
 
 @pytest.fixture(scope="module")
 def whole(options, tmp_path_factory):
-    """A run of both stages that was never stopped."""
+    """A run of all stages that was never stopped."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    assert main([*options, *TWO_STAGES, "--output", str(output), "--workers", "0"]) == 0
+    assert main([*options, *STAGES, "--output", str(output), "--workers", "0"]) == 0
     return output
 
 
@@ -87,7 +90,9 @@ def test_a_run_leaves_a_model_that_captions_and_a_record_of_itself(whole, root):
     assert {"model.safetensors", "config.json", "vocabulary.json", "history.csv", "curves.png", "tensorboard"} < set(
         os.listdir(whole)
     )
-    assert [row["stage"] for row in history(whole)] == ["frozen encoder"] * 2 + ["fine-tuning"] * 3
+    assert [row["stage"] for row in history(whole)] == ["frozen encoder"] * 2 + ["fine-tuning"] * 2 + [
+        "self-critical"
+    ] * 2
     assert Image.open(whole / "curves.png").width > 300
     assert list((whole / "tensorboard").glob("events*"))
     captioner = Captioner.from_pretrained(whole)
@@ -112,12 +117,11 @@ def test_drawn_pictures_are_learnt_by_heart(options, tmp_path, root):
     assert sum(said) >= 10
 
 
-@pytest.mark.parametrize("stage", ["frozen encoder", "fine-tuning"])
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(options, whole, tmp_path, stage):
+@pytest.mark.parametrize("rows", [1, 3, 5], ids=["frozen encoder", "fine-tuning", "self-critical"])
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(options, whole, tmp_path, rows):
     output = tmp_path / "run"
-    arguments = [*options, *TWO_STAGES, "--output", output]
+    arguments = [*options, *STAGES, "--output", output]
     process = start(arguments)
-    rows = 1 if stage == "frozen encoder" else 3
     while not (output / "history.csv").exists() or len(history(output)) < rows:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
@@ -126,15 +130,15 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(options, whole, tmp
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert len(history(output)) < 5
-    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 0
+    assert len(history(output)) < 6
+    assert main([*options, *STAGES, "--output", str(output), "--resume"]) == 0
     assert_same_run(output, whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_run_and_ends_it(options, whole, tmp_path, number):
     output = tmp_path / "run"
-    arguments = [*options, *TWO_STAGES, "--output", output, "--checkpoint-every", "1000"]
+    arguments = [*options, *STAGES, "--output", output, "--checkpoint-every", "1000"]
     process = start(arguments)
     while not (output / "history.csv").exists():
         assert process.poll() is None, process.stderr.read()
@@ -142,37 +146,104 @@ def test_a_signal_saves_the_run_and_ends_it(options, whole, tmp_path, number):
     process.send_signal(number)
     assert "--resume" in process.communicate()[1]
     assert process.returncode == 130
-    assert len(history(output)) < 5
-    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 0
+    assert len(history(output)) < 6
+    assert main([*options, *STAGES, "--output", str(output), "--resume"]) == 0
     assert_same_run(output, whole)
 
 
 def test_two_processes_compute_what_one_does(options, tmp_path):
     # A batch of 5 on two processes, and a last batch of 1 image, for which one process has nothing to do.
-    flags = [*options, *TWO_STAGES, "--dropout", "0", "--batch-size", "11", "--workers", "0"]
+    flags = [*options, *STAGES, "--dropout", "0", "--batch-size", "11", "--workers", "0"]
     assert main([*flags, "--output", str(tmp_path / "one")]) == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    process = start([*flags, "--output", tmp_path / "two"], *launcher, "training.train")
+    process = start([*flags, "--output", tmp_path / "two"], *TWO_PROCESSES, "training.train")
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
 
 
+KINDS = {
+    **{name: ["--attention", name] for name in MECHANISMS},
+    "transformer": ["--decoder", "transformer"],
+    "hard transformer": ["--decoder", "transformer", "--attention", "hard", "--hard-inference", "expectation"],
+    "encoder self-attention": ["--encoder-self-attention", "1"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_attention_is_trained_by_two_processes_as_by_one(options, tmp_path, root, kind):
+    flags = [
+        *options,
+        *KINDS[kind],
+        "--epochs",
+        "1",
+        "--finetune-epochs",
+        "0",
+        "--scst-epochs",
+        "1",
+        "--max-length",
+        "8",
+    ]
+    flags += ["--dropout", "0", "--batch-size", "11", "--heads", "2", "--learning-rate", "1e-2"]
+    assert main([*flags, "--output", str(tmp_path / "one")]) == 0
+    process = start([*flags, "--output", tmp_path / "two"], *TWO_PROCESSES, "training.train")
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    if "hard" not in kind:  # which draws other regions in another process
+        assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
+
+    captioner = Captioner.from_pretrained(tmp_path / "two")
+    caption = captioner.caption(root / "Flicker8k_Dataset" / "00.png")
+    assert caption.heads == captioner.model.decoder.heads
+    for head in range(caption.heads):
+        assert np.allclose(caption.maps(head).sum(axis=(1, 2)), 1, atol=1e-5)
+        assert caption.heatmap(0, head=head).size == caption.image.size
+    assert np.allclose(np.mean([caption.maps(head) for head in range(caption.heads)], axis=0), caption.attention)
+    with pytest.raises(IndexError, match=f"no head {caption.heads}"):
+        caption.figure(head=caption.heads)
+
+
+def test_a_model_that_was_trained_is_where_another_run_may_start(options, whole, root, tmp_path):
+    flags = ["--start-from", str(whole), "--scst-epochs", "1", "--epochs", "0", "--finetune-epochs", "0"]
+    flags += [
+        "--scst-learning-rate",
+        "1e-9",
+        "--scst-baseline",
+        "greedy",
+        "--encoder",
+        "resnet18",
+        "--ema-decay",
+        "0.9",
+    ]
+    assert main([*options, *flags, "--output", str(tmp_path / "run")]) == 0
+    before, after = Captioner.from_pretrained(whole), Captioner.from_pretrained(tmp_path / "run")
+    photo = root / "Flicker8k_Dataset" / "03.png"
+    assert after.caption(photo).words == before.caption(photo).words
+    assert after.model.config == before.model.config
+
+
+def test_rewarded_captions_earn_more(options, whole, tmp_path):
+    flags = ["--start-from", str(whole), "--scst-epochs", "30", "--epochs", "0", "--finetune-epochs", "0"]
+    flags += ["--scst-learning-rate", "3e-3", "--dropout", "0", "--patience", "99", "--ema-decay", "0.5"]
+    assert main([*options, *flags, "--output", str(tmp_path / "run")]) == 0
+    rewards = [float(row["reward"]) for row in history(tmp_path / "run")]
+    assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:2])
+
+
 def test_a_run_is_never_overwritten_by_accident(options, whole, capsys):
     before = (whole / trainer.STATE).read_bytes()
-    assert main([*options, *TWO_STAGES, "--output", str(whole)]) == 1
+    assert main([*options, *STAGES, "--output", str(whole)]) == 1
     assert "--resume" in capsys.readouterr().err
     assert (whole / trainer.STATE).read_bytes() == before
 
 
 def test_a_run_does_not_go_on_with_other_options(options, whole, capsys):
-    assert main([*options, *TWO_STAGES, "--output", str(whole), "--resume", "--hidden-size", "20"]) == 1
+    assert main([*options, *STAGES, "--output", str(whole), "--resume", "--hidden-size", "20"]) == 1
     assert "hidden_size was 16 and is 20" in capsys.readouterr().err
 
 
 def test_resuming_a_finished_run_changes_nothing(options, whole):
     before = losses(whole)
-    assert main([*options, *TWO_STAGES, "--output", str(whole), "--resume"]) == 0
+    assert main([*options, *STAGES, "--output", str(whole), "--resume"]) == 0
     assert losses(whole) == before
 
 
@@ -180,7 +251,7 @@ def test_a_damaged_training_state_is_refused_by_name(options, whole, tmp_path, c
     output = tmp_path / "run"
     output.mkdir()
     (output / trainer.STATE).write_bytes((whole / trainer.STATE).read_bytes()[:5000])
-    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 1
+    assert main([*options, *STAGES, "--output", str(output), "--resume"]) == 1
     assert trainer.STATE in capsys.readouterr().err
 
 
@@ -194,13 +265,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(options, tmp
 
     monkeypatch.setattr(trainer, "caption_loss", fails_later)
     output = tmp_path / "run"
-    assert main([*options, *TWO_STAGES, "--output", str(output)]) == 1
+    assert main([*options, *STAGES, "--output", str(output)]) == 1
     message = capsys.readouterr().err
     assert "loss is nan" in message
     assert ".png" in message
     monkeypatch.undo()
     assert all(torch.isfinite(tensor).all() for tensor in load_file(output / trainer.STATE).values())
-    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 0
+    assert main([*options, *STAGES, "--output", str(output), "--resume"]) == 0
 
 
 def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(options, whole, tmp_path, monkeypatch, capsys):
@@ -216,10 +287,10 @@ def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(options, w
 
     monkeypatch.setattr(trainer, "save_tensors", full_later)
     output = tmp_path / "run"
-    assert main([*options, *TWO_STAGES, "--output", str(output)]) == 1
+    assert main([*options, *STAGES, "--output", str(output)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     monkeypatch.undo()
-    assert main([*options, *TWO_STAGES, "--output", str(output), "--resume"]) == 0
+    assert main([*options, *STAGES, "--output", str(output), "--resume"]) == 0
     assert_same_run(output, whole)
 
 
@@ -250,7 +321,8 @@ def test_images_that_cannot_be_read_are_reported_and_passed_over(options, tmp_pa
         (["--root", "/no/such/root"], "/no/such/root"),
         (["--encoder", "mobilenet_v9"], "mobilenet_v9"),
         (["--encoder-weights", "nothing.pth"], "nothing.pth"),
-        (["--attention", "telepathy"], "telepathy"),
+        (["--encoder-self-attention", "1", "--heads", "3"], "size 16 cannot be divided into 3 heads"),
+        (["--start-from", "/no/such/model"], "/no/such/model"),
         (["--device", "quantum"], "quantum"),
         (["--epochs", "0", "--finetune-from", "layer9"], "layer9"),
     ],

@@ -24,8 +24,8 @@ class Batch(NamedTuple):
     images: (share, 3, height, width), or features (share, regions, channels), float32.
     captions: (share, rows, length) ids, each image's captions from the longest to the shortest, then `PAD`.
     weight: 1, or 0 where this process has no share and only keeps the others company.
-    words, whole: words to predict and captions in the whole batch, over all processes.
-    names: the images of the share.
+    words, whole, size: words to predict, captions and images in the whole batch, over all processes.
+    indices: which images they are.
     """
 
     images: Tensor
@@ -33,7 +33,8 @@ class Batch(NamedTuple):
     weight: float
     words: int
     whole: int
-    names: list[str]
+    size: int
+    indices: list[int]
 
 
 class Source(Protocol):
@@ -113,7 +114,6 @@ class EpochBatches(Dataset[Batch]):
 
     Args:
         source: where images come from.
-        names: the images' names, for messages.
         captions: ids of each image's captions, from `encode_captions`.
         batch_size: images in a batch over all processes.
         seed, epoch: they decide the order.
@@ -123,7 +123,6 @@ class EpochBatches(Dataset[Batch]):
     def __init__(
         self,
         source: Source,
-        names: Sequence[str],
         captions: Sequence[Sequence[Sequence[int]]],
         batch_size: int,
         seed: int,
@@ -131,7 +130,7 @@ class EpochBatches(Dataset[Batch]):
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        self.source, self.names, self.captions = source, names, captions
+        self.source, self.captions = source, captions
         self.epoch, self.rank, self.size = epoch, rank, size
         chance = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
         order = torch.randperm(len(captions), generator=chance).tolist()
@@ -152,7 +151,8 @@ class EpochBatches(Dataset[Batch]):
             weight,
             sum(len(caption) - 1 for index in whole for caption in self.captions[index]),
             sum(len(self.captions[index]) for index in whole),
-            [self.names[index] for index in share],
+            len(whole),
+            list(share),
         )
 
     def loader(self, start: int, workers: int, pin_memory: bool) -> DataLoader[Batch]:

@@ -13,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from captioner.api import DEFAULT_MODEL, Captioner
+from captioner.checkpoint import CheckpointError
 from captioner.decoder import AttentionLSTM, State
 from captioner.model import ShowAttendTell
 from captioner.search import allowed, beam_search
@@ -43,17 +45,18 @@ def tutorial_step(decoder: AttentionLSTM, annotations: Tensor, state: State, wor
 
 def tutorial_loss(model: ShowAttendTell, images: Tensor, captions: Tensor) -> Tensor:
     """Cross-entropy of `captions` (captions, length), each with its own image, the longest first."""
+    decoder = cast(AttentionLSTM, model.decoder)
     annotations = model.annotate(images)
     lengths = (captions != PAD).sum(dim=1) - 1
     order = lengths.argsort(descending=True)
     annotations, captions, lengths = annotations[order], captions[order], lengths[order]
     mean = annotations.mean(dim=1)
-    state = State(torch.tanh(model.decoder.initial_hidden(mean)), torch.tanh(model.decoder.initial_cell(mean)))
+    state = State(torch.tanh(decoder.initial_hidden(mean)), torch.tanh(decoder.initial_cell(mean)))
     loss = annotations.new_zeros(())
     for t in range(int(lengths.max())):
         rows = int((lengths > t).sum())
         state = State(state.hidden[:rows], state.cell[:rows])
-        logits, state = tutorial_step(model.decoder, annotations[:rows], state, captions[:rows, t])
+        logits, state = tutorial_step(decoder, annotations[:rows], state, captions[:rows, t])
         loss = loss + nn.functional.cross_entropy(logits, captions[:rows, t + 1], reduction="sum")
     return loss / int(lengths.sum())
 
@@ -63,7 +66,7 @@ def tutorial_beam(model: ShowAttendTell, image: Tensor, beam_size: int, max_leng
 
     As in `beam_search` captions are ranked by mean log-probability, the finished among the unfinished.
     """
-    decoder = model.decoder
+    decoder = cast(AttentionLSTM, model.decoder)
     annotations = model.annotate(image)
     mean = annotations.mean(dim=1)
     state = State(torch.tanh(decoder.initial_hidden(mean)), torch.tanh(decoder.initial_cell(mean)))
@@ -111,8 +114,14 @@ def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: in
 
     Raises:
         RuntimeError: the tutorial implementation gives other numbers, so that comparing times would mean nothing.
+        ValueError: there is no tutorial implementation of this kind of model.
     """
     model = captioner.model
+    if model.config.decoder != "lstm" or model.config.attention not in ("none", "additive", "dot", "scaled_dot"):
+        raise ValueError(
+            f"the tutorial implementation is an LSTM with soft attention in one head; this model is "
+            f"{model.config.decoder} with {model.config.attention} attention"
+        )
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(images, 3, *captioner.preprocessing.size, generator=generator).to(model.device)
     one = pixels[:1]
@@ -179,8 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5, help="the median of so many runs counts")
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures there")
     options = parser.parse_args(arguments)
-    captioner = Captioner.from_pretrained(options.model, options.device)
-    figures = benchmark(captioner, options.images, repeats=options.repeats)
+    try:
+        captioner = Captioner.from_pretrained(options.model, options.device)
+        figures = benchmark(captioner, options.images, repeats=options.repeats)
+    except (CheckpointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for name, figure in figures.items():
         print(f"{figure:8.2f}  {name}")
     if options.output:

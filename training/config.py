@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from captioner.attention import MECHANISMS
+from captioner.model import DECODERS
+
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     """A field of the config with the help text of its flag."""
@@ -19,7 +22,8 @@ class TrainConfig:
     """How to train a captioner. Fields are flags with dashes: `label_smoothing` is `--label-smoothing`.
 
     Stage one trains the decoder on features that the frozen encoder gave of every image once. Stage two goes on
-    from the best model of stage one and tunes the encoder too, on augmented images.
+    from the best model of stage one and tunes the encoder too, on augmented images. Stage three rewards captions
+    that the model draws itself for their CIDEr-D (self-critical sequence training, Rennie et al. 2017).
     """
 
     data: str = option("flickr8k", "data set", ("flickr8k", "flickr30k", "coco"))
@@ -31,11 +35,17 @@ class TrainConfig:
     node: str = option("", "node of the encoder to read; empty: its last feature map")
     grid: int = option(7, "rows and columns of regions")
     image_size: int = option(224, "height and width that images are resized to, in pixels")
-    attention: str = option("additive", "attention mechanism")
+    start_from: str = option("", "folder or name of a trained model to go on from; its network and words stay")
+    decoder: str = option("lstm", "decoder", DECODERS)
+    attention: str = option("", "attention mechanism; empty: additive, for a transformer multi_head", ("", *MECHANISMS))
+    hard_inference: str = option("argmax", "what hard attention sees when captioning", ("argmax", "expectation"))
+    encoder_self_attention: int = option(0, "layers in which annotation vectors attend to each other")
+    heads: int = option(8, "heads of multi_head and of self-attention")
+    layers: int = option(2, "layers of a transformer decoder")
     annotation_size: int = option(512, "size of projected annotation vectors; 0: the encoder's own, as in the paper")
     attention_size: int = option(512, "size of the space in which attention compares")
-    embedding_size: int = option(512, "size of word embeddings")
-    hidden_size: int = option(512, "size of the LSTM's state")
+    embedding_size: int = option(512, "size of word embeddings, of an lstm")
+    hidden_size: int = option(512, "size of the LSTM's state, of a transformer's vectors")
     dropout: float = option(0.5, "share of activations dropped in the decoder")
     tie_embeddings: bool = option(False, "share one matrix between word embeddings and output layer")
 
@@ -49,6 +59,11 @@ class TrainConfig:
     encoder_learning_rate: float = option(1e-4, "stage two: peak learning rate of the encoder")
     finetune_from: str = option("", "stage two: first block of the encoder to tune, such as features.4; empty: all")
     augment: bool = option(True, "stage two: random crops, flips (never where a caption says left or right), colours")
+    scst_epochs: int = option(0, "stage three: epochs of self-critical training on CIDEr-D")
+    scst_learning_rate: float = option(1e-4, "stage three: peak learning rate of the decoder")
+    scst_encoder_learning_rate: float = option(0.0, "stage three: peak learning rate of the encoder; 0: frozen")
+    scst_samples: int = option(5, "captions drawn for each image in stage three")
+    scst_baseline: str = option("others", "what a drawn caption is compared with", ("others", "greedy"))
     batch_size: int = option(32, "images in a batch, over all processes; each comes with all its captions")
     warmup_steps: int = option(200, "steps over which each stage's learning rate rises to its peak")
     final_rate: float = option(0.05, "share of the peak that the cosine ends each stage with")
@@ -56,6 +71,7 @@ class TrainConfig:
     clip_norm: float = option(5.0, "gradients are scaled down to this norm")
     label_smoothing: float = option(0.1, "probability spread over all words in the targets")
     doubly_stochastic: float = option(0.005, "weight of the doubly stochastic attention term, lambda in the paper")
+    hard_entropy: float = option(0.01, "weight of the entropy of hard attention, lambda_e in the paper")
     ema_decay: float = option(0.998, "decay of the moving average of the weights, which is what is scored and saved")
 
     monitor: str = option("CIDEr", "score of decoded dev captions that picks the best model", ("CIDEr", "BLEU-4"))
@@ -135,12 +151,25 @@ def check(config: TrainConfig) -> None:
         "monitor_beam",
         "patience",
         "checkpoint_every",
+        "heads",
+        "layers",
+        "scst_samples",
     ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("epochs", "finetune_epochs", "warmup_steps", "workers", "annotation_size"):
+    for name in (
+        "epochs",
+        "finetune_epochs",
+        "scst_epochs",
+        "warmup_steps",
+        "workers",
+        "annotation_size",
+        "encoder_self_attention",
+    ):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} cannot be negative, but is {getattr(config, name)}")
     for name in ("dropout", "label_smoothing", "ema_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
+    if config.scst_baseline == "others" and config.scst_epochs and config.scst_samples < 2:
+        raise ValueError("scst_samples must be at least 2 for scst_baseline others")

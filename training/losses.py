@@ -1,8 +1,10 @@
 """What training makes small."""
 
+import torch
 from torch import Tensor, nn
 
 from captioner.decoder import TeacherForced
+from captioner.vocabulary import PAD, START, UNKNOWN
 
 
 def caption_loss(
@@ -25,6 +27,63 @@ def caption_loss(
         output.logits, output.targets, label_smoothing=label_smoothing, reduction="sum"
     )
     looked_at = output.alpha.sum(dim=2).mean(dim=2)  # over the words, then over the heads: (images, rows, regions)
-    said = output.alpha.detach().sum(dim=(2, 3, 4)) > 0  # rows that are only padding have no caption
+    said = output.real.any(dim=2)  # rows that are only padding have no caption
     uneven = ((1 - looked_at).square().sum(dim=-1) * said).sum()
     return cross_entropy / max(words, 1) + doubly_stochastic * uneven / max(captions, 1)
+
+
+def word_log_probabilities(output: TeacherForced, excluded: tuple[int, ...] = ()) -> Tensor:
+    """Logarithm of each true word's probability, (images, rows, steps); zero where there is no word.
+
+    Args:
+        output: what the model gave.
+        excluded: ids that cannot come, whose probability goes to the others.
+    """
+    logits = output.logits
+    if excluded:
+        logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), float("-inf"))
+    log_probabilities = -nn.functional.cross_entropy(logits, output.targets, reduction="none")
+    return log_probabilities.new_zeros(output.real.shape).masked_scatter(output.real, log_probabilities)
+
+
+def hard_attention_loss(
+    output: TeacherForced, told: Tensor, words: int, baseline: float | None, entropy: float
+) -> Tensor:
+    """What `hard` attention learns from (Xu et al. 2015, equation 11 and what follows it).
+
+        L = - sum_captions (log p(y | s) - b) * sum_t log alpha_t(s_t) / words  -  lambda_e * sum_t H[alpha_t] / words
+
+    with s_t the regions that were drawn and b the moving average of what a caption of that length was worth so
+    far. Its gradient is in expectation that of log p(y | s) through the draws, which have none of their own; the
+    gradient through the words is that of `caption_loss`, to which this is added.
+
+    Args:
+        output: what the model gave, with `choice`.
+        told: (images, rows, steps), log p of each word, from `word_log_probabilities`; taken as it is.
+        words: words in the whole batch, over all processes.
+        baseline: moving average of a word's log-probability; None at the first step, which only fills it.
+        entropy: lambda_e.
+    """
+    assert output.choice is not None, "only hard attention draws regions"
+    surprise = (told.detach() - (baseline or 0.0)) * output.real
+    advantage = surprise.sum(dim=2) if baseline is not None else torch.zeros_like(surprise[..., 0])
+    reinforce = (advantage * output.choice.sum(dim=2)).sum()
+    spread = -torch.special.xlogy(output.alpha, output.alpha.clamp(min=1e-30)).sum()
+    return -(reinforce + entropy * spread) / max(words, 1)
+
+
+def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) -> Tensor:
+    """Policy gradient of the reward of captions that were drawn (Rennie et al. 2017, equation 8).
+
+        L = - sum_captions advantage * sum_t log p(y_t) / captions
+
+    Args:
+        output: the drawn captions read by the model; its probabilities are those of search, which never says a
+            special word. Regions drawn by `hard` attention are part of what earned the reward.
+        advantage: (images, rows), each caption's reward less its baseline.
+        captions: captions in the whole batch, over all processes.
+    """
+    log_probabilities = word_log_probabilities(output, excluded=(PAD, START, UNKNOWN)).sum(dim=2)
+    if output.choice is not None:
+        log_probabilities = log_probabilities + output.choice.sum(dim=2)
+    return -(advantage * log_probabilities).sum() / max(captions, 1)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from captioner.checkpoint import CheckpointError
+from captioner.api import find_model
+from captioner.checkpoint import CheckpointError, load_checkpoint
 from captioner.images import Preprocessing
 from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
@@ -49,11 +50,16 @@ def train(config: TrainConfig, processes: Distributed) -> float:
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     train_items, dev_items = load_items(config, processes)
-    vocabulary = Vocabulary.build(
-        (tokenize(caption) for item in train_items for caption in item.captions), config.minimum_count
-    )
-    preprocessing = Preprocessing(size=(config.image_size, config.image_size))
-    model = build_model(config, len(vocabulary)).to(processes.device)
+    if config.start_from:
+        start = load_checkpoint(find_model(config.start_from))
+        model, vocabulary, preprocessing = start.model, start.vocabulary, start.preprocessing
+    else:
+        vocabulary = Vocabulary.build(
+            (tokenize(caption) for item in train_items for caption in item.captions), config.minimum_count
+        )
+        preprocessing = Preprocessing(size=(config.image_size, config.image_size))
+        model = build_model(config, len(vocabulary))
+    prepare_model(model, config, processes.device)
     log.info(
         "%d training images, %d dev images, %d words, %.1f million weights, %d process(es) on %s",
         len(train_items),
@@ -63,19 +69,38 @@ def train(config: TrainConfig, processes: Distributed) -> float:
         processes.size,
         processes.device,
     )
+    stages = plan(config, model, preprocessing, train_items, dev_items, processes)
+    trainer = Trainer(config, model, vocabulary, preprocessing, train_items, dev_items, stages, processes)
+    best = trainer.run()
+    log.info("best %s on dev: %.1f; the model is in %s", config.monitor, 100 * best, config.output)
+    return best
+
+
+def plan(
+    config: TrainConfig,
+    model: ShowAttendTell,
+    preprocessing: Preprocessing,
+    train_items: list[CaptionedImage],
+    dev_items: list[CaptionedImage],
+    processes: Distributed,
+) -> list[Stage]:
+    """The stages that the config asks for, with where their images come from."""
+    photographs = (
+        ImageSource(train_items, preprocessing, config.augment, config.seed),
+        ImageSource(dev_items, preprocessing, augment=False),
+    )
     stages = []
-    if config.epochs > 0:
+    # As long as nothing has tuned the encoder, what it sees in an image need not be computed again.
+    tuned = bool(config.finetune_epochs or config.scst_encoder_learning_rate)
+    if config.epochs > 0 or (config.scst_epochs > 0 and not tuned):
         cache = Path(config.cache) if config.cache else default_cache()
         train_features, dev_features = (
             cached_features(model.encoder, items, preprocessing, cache, processes) for items in (train_items, dev_items)
         )
-        frozen = (FeatureSource(train_features), FeatureSource(dev_features))
-        stages.append(Stage("frozen encoder", config.epochs, config.learning_rate, 0.0, None, *frozen))
+        features = (FeatureSource(train_features), FeatureSource(dev_features))
+    if config.epochs > 0:
+        stages.append(Stage("frozen encoder", config.epochs, config.learning_rate, 0.0, None, *features))
     if config.finetune_epochs > 0:
-        tuned = (
-            ImageSource(train_items, preprocessing, config.augment, config.seed),
-            ImageSource(dev_items, preprocessing, augment=False),
-        )
         stages.append(
             Stage(
                 "fine-tuning",
@@ -83,13 +108,24 @@ def train(config: TrainConfig, processes: Distributed) -> float:
                 config.finetune_learning_rate,
                 config.encoder_learning_rate,
                 config.finetune_from,
-                *tuned,
+                *photographs,
             )
         )
-    trainer = Trainer(config, model, vocabulary, preprocessing, train_items, dev_items, stages, processes)
-    best = trainer.run()
-    log.info("best %s on dev: %.1f; the model is in %s", config.monitor, 100 * best, config.output)
-    return best
+    if config.scst_epochs > 0:
+        train, dev = photographs if tuned else features
+        stages.append(
+            Stage(
+                "self-critical",
+                config.scst_epochs,
+                config.scst_learning_rate,
+                config.scst_encoder_learning_rate,
+                config.finetune_from if config.scst_encoder_learning_rate else None,
+                train,
+                dev,
+                self_critical=True,
+            )
+        )
+    return stages
 
 
 def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
@@ -113,13 +149,18 @@ def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[Captio
 
 def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
     """A new model of the sizes asked for, its encoder pretrained."""
-    model = ShowAttendTell(
+    return ShowAttendTell(
         ModelConfig(
             vocabulary_size=vocabulary_size,
             encoder=config.encoder,
             node=config.node,
             grid=(config.grid, config.grid),
-            attention=config.attention,
+            decoder=config.decoder,
+            attention=config.attention or {"transformer": "multi_head"}.get(config.decoder, "additive"),
+            hard_inference=config.hard_inference,
+            encoder_self_attention=config.encoder_self_attention,
+            heads=config.heads,
+            layers=config.layers,
             annotation_size=config.annotation_size,
             attention_size=config.attention_size,
             embedding_size=config.embedding_size,
@@ -129,12 +170,19 @@ def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
         ),
         config.encoder_weights or None,
     )
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+
+
+def prepare_model(model: ShowAttendTell, config: TrainConfig, device: torch.device) -> None:
+    """Put the model where and how it is to be trained."""
+    model.to(device)
+    on_gpu = device.type == "cuda"
     if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu):
         model.encoder.autocast_dtype = torch.bfloat16
     if config.compile:
         model.encoder.compile()
-    return model
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = config.dropout
 
 
 def default_cache() -> Path:

@@ -1,4 +1,4 @@
-"""The training loop: two stages, resumable at any step, on one process or many."""
+"""The training loop: stages, resumable at any step, on one process or many."""
 
 import dataclasses
 import json
@@ -28,15 +28,16 @@ from captioner.checkpoint import (
 )
 from captioner.images import Preprocessing
 from captioner.model import ShowAttendTell
-from captioner.search import beam_search
-from captioner.vocabulary import Vocabulary
-from training.batches import Batch, EpochBatches, Source, encode_captions
+from captioner.search import beam_search, gather_rows, sample
+from captioner.vocabulary import END, PAD, START, Vocabulary
+from training.batches import Batch, EpochBatches, FeatureSource, Source, encode_captions
 from training.config import TrainConfig
 from training.datasets import CaptionedImage
 from training.distributed import Distributed
 from training.history import History
-from training.losses import caption_loss
+from training.losses import caption_loss, hard_attention_loss, self_critical_loss, word_log_probabilities
 from training.metrics import quick_scores
+from training.rewards import CiderD, advantages
 from training.words import tokenize
 
 log = logging.getLogger("training")
@@ -69,6 +70,7 @@ class Stage:
     """One stretch of training with its own learning rates.
 
     train_from: first block of the encoder that is tuned, "" for all of it, None for none.
+    self_critical: whether captions that the model draws are rewarded, instead of those of people imitated.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Stage:
     train_from: str | None
     train: Source
     dev: Source
+    self_critical: bool = False
 
 
 @dataclasses.dataclass
@@ -86,6 +89,8 @@ class Progress:
 
     Dropout and augmentation draw from generators seeded by the step and the epoch, so no generator's state has to
     be kept.
+
+    baseline: moving average of a word's log-probability, which hard attention learns by.
     """
 
     stage: int = 0
@@ -94,9 +99,11 @@ class Progress:
     step: int = 0
     total_steps: int = 0
     loss_sum: float = 0.0
+    reward_sum: float = 0.0
     seconds: float = 0.0
     best: float = -math.inf
     stale: int = 0
+    baseline: float | None = None
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
@@ -129,6 +136,11 @@ class Trainer:
         self.names = [item.path.name for item in train]
         self.captions = [encode_captions(item, vocabulary, config.max_length) for item in train]
         self.references = [[tokenize(caption) for caption in item.captions] for item in dev]
+        self.reward = None
+        if any(stage.self_critical for stage in stages):
+            self.reward = CiderD(
+                [[*tokenize(caption), vocabulary.words[END]] for caption in item.captions] for item in train
+            )
         self.average: AveragedModel
         self.progress = Progress()
         self.history = History(self.output) if distributed.is_first else None
@@ -174,7 +186,8 @@ class Trainer:
             self.run_epoch(stage, parallel, optimiser)
             self.validate(stage)
             self.progress.epoch += 1
-            self.progress.batch, self.progress.loss_sum, self.progress.seconds = 0, 0.0, 0.0
+            self.progress.batch, self.progress.seconds = 0, 0.0
+            self.progress.loss_sum, self.progress.reward_sum = 0.0, 0.0
             self.save(optimiser)
 
     def run_epoch(self, stage: Stage, parallel: nn.Module, optimiser: torch.optim.Optimizer) -> None:
@@ -182,7 +195,6 @@ class Trainer:
         progress, distributed = self.progress, self.distributed
         batches = EpochBatches(
             stage.train,
-            self.names,
             self.captions,
             self.config.batch_size,
             self.config.seed,
@@ -192,7 +204,7 @@ class Trainer:
         )
         total_steps = stage.epochs * len(batches)
         # Cached features are read faster than another process could hand them over.
-        workers = self.config.workers if stage.train_from is not None else 0
+        workers = 0 if isinstance(stage.train, FeatureSource) else self.config.workers
         loader = batches.loader(progress.batch, workers, pin_memory=distributed.device.type == "cuda")
         parallel.train()
         bar = tqdm(
@@ -207,7 +219,7 @@ class Trainer:
             started = time.perf_counter()
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * self.rate(progress.step, total_steps)
-            loss, stop = self.step(batch, parallel, optimiser)
+            loss, stop = self.step(stage, batch, parallel, optimiser)
             progress.loss_sum += loss
             progress.seconds += time.perf_counter() - started
             progress.batch += 1
@@ -222,28 +234,29 @@ class Trainer:
             if progress.step % self.config.checkpoint_every == 0:
                 self.save(optimiser)
 
-    def step(self, batch: Batch, parallel: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[float, bool]:
+    def step(
+        self, stage: Stage, batch: Batch, parallel: nn.Module, optimiser: torch.optim.Optimizer
+    ) -> tuple[float, bool]:
         """One step of gradient descent. Returns the loss over the whole batch, and whether any process is to stop."""
         config, distributed, progress = self.config, self.distributed, self.progress
         # Whatever is random in this step depends on nothing but its number: resuming needs no generator's state.
         torch.manual_seed(hash((config.seed, progress.stage, progress.step, distributed.rank)) % 2**63)
-        images = batch.images.to(distributed.device, non_blocking=True)
-        captions = batch.captions.to(distributed.device, non_blocking=True)
-        loss = batch.weight * caption_loss(
-            parallel(images, captions),
-            batch.words,
-            batch.whole,
-            config.label_smoothing,
-            config.doubly_stochastic,
-        )
+        loss, own = (self.self_critical if stage.self_critical else self.imitate)(stage, batch, parallel)
+        loss = batch.weight * loss
         stop = torch.tensor(float(self.stop_requested), device=loss.device)
-        whole, stops = distributed.sum(torch.stack([loss, stop])).tolist()
+        whole, measured, stops = distributed.sum(torch.stack([loss, batch.weight * own, stop])).tolist()
         if not math.isfinite(whole):
+            names = ", ".join(self.names[index] for index in batch.indices[:4])
             raise TrainingError(
                 f"the loss is {whole} in step {progress.step} (stage {progress.stage + 1}, epoch "
-                f"{progress.epoch + 1}, batch {progress.batch}: {', '.join(batch.names[:4])} ...); "
+                f"{progress.epoch + 1}, batch {progress.batch}: {names} ...); "
                 f"the last checkpoint in {self.output} is kept. A lower learning rate may help."
             )
+        if stage.self_critical:
+            progress.reward_sum += measured / batch.size
+        else:
+            now = measured / max(batch.words, 1)
+            progress.baseline = now if progress.baseline is None else 0.9 * progress.baseline + 0.1 * now
         optimiser.zero_grad()
         # DistributedDataParallel takes the mean over the processes; the loss is made to be summed.
         (loss * distributed.size).backward()
@@ -251,6 +264,65 @@ class Trainer:
         optimiser.step()
         self.average.update_parameters(self.model)
         return whole, stops > 0
+
+    def imitate(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
+        """This process's share of the loss on people's captions, and the sum of their words' log-probabilities."""
+        config, device = self.config, self.distributed.device
+        images, captions = (part.to(device, non_blocking=True) for part in (batch.images, batch.captions))
+        output = parallel(images, captions)
+        loss = caption_loss(output, batch.words, batch.whole, config.label_smoothing, config.doubly_stochastic)
+        if output.choice is None:
+            return loss, loss.new_zeros(())
+        told = word_log_probabilities(output).detach()
+        hard = hard_attention_loss(output, told, batch.words, self.progress.baseline, config.hard_entropy)
+        return loss + hard, told.sum()
+
+    def self_critical(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
+        """This process's share of the loss on captions that the model draws; the sum of its images' mean rewards."""
+        images = batch.images.to(self.distributed.device, non_blocking=True)
+        if stage.train_from is None and images.dim() == 4:
+            with torch.no_grad():
+                images = self.model.encoder(images)  # once, to draw captions and to learn from them
+        captions, rewards, advantage = self.draw(images, batch.indices)
+        loss = self_critical_loss(parallel(images, captions), advantage, batch.size * captions.shape[1])
+        return loss, rewards.mean(dim=1).sum().to(loss)
+
+    def draw(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Captions drawn from the model as it is, (images, samples, length), their rewards and their advantages.
+
+        An image's captions depend on the step and the image, not on which process draws them.
+        """
+        config, model, progress, reward = self.config, self.model, self.progress, self.reward
+        assert reward is not None, "made with the trainer where a stage needs it"
+        seeds = [hash((config.seed, progress.stage, progress.step, index)) % 2**63 for index in indices]
+        model.eval()
+        model.decoder.remember_words()
+        with torch.no_grad():
+            annotations = model.annotate(images)
+        drawn = sample(
+            model.decoder, annotations, samples=config.scst_samples, max_length=config.max_length, seed=seeds
+        )
+        greedy = None
+        if config.scst_baseline == "greedy":
+            likeliest = beam_search(model.decoder, annotations, beam_size=1, max_length=config.max_length).words
+            greedy = self.rewards(reward, indices, likeliest)[:, 0]
+        rewards = self.rewards(reward, indices, drawn.words)
+        advantage = advantages(rewards, greedy)
+        model.train()
+        # From the longest to the shortest, which is read fastest.
+        order = drawn.lengths.argsort(dim=1, descending=True)
+        start = torch.full_like(drawn.words[..., :1], START)
+        captions = torch.cat([start, gather_rows(drawn.words, order)], dim=2)
+        return captions, rewards, gather_rows(advantage.to(captions.device), order)
+
+    def rewards(self, reward: CiderD, indices: Sequence[int], words: Tensor) -> Tensor:
+        """CIDEr-D of captions (images, rows, steps), the end of the sentence counted as a word."""
+        return torch.tensor(
+            [
+                [reward.score(index, [self.vocabulary.words[word] for word in row if word != PAD]) for row in rows]
+                for index, rows in zip(indices, words.tolist(), strict=True)
+            ]
+        )
 
     def validate(self, stage: Stage) -> None:
         """Caption the dev images with the averaged weights, record the scores, keep the model if it is the best."""
@@ -261,6 +333,7 @@ class Trainer:
             "stage": stage.name,
             "epoch": progress.epoch + 1,
             "loss": progress.loss_sum / max(progress.batch, 1),
+            "reward": progress.reward_sum / max(progress.batch, 1) if stage.self_critical else "",
             **scores,
             "distinct": len({" ".join(words) for words in candidates}) / max(len(candidates), 1),
             "images_per_second": len(self.names) / max(progress.seconds, 1e-9),

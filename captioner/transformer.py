@@ -1,0 +1,279 @@
+"""The Transformer's parts (Vaswani et al. 2017): a decoder, and self-attention over the annotation vectors.
+
+Both normalise before each sub-layer instead of after it (Xiong et al. 2020), which trains without a long warm-up.
+"""
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from captioner.attention import build_attention, merge_heads, split_heads
+from captioner.decoder import Scene, Step, TeacherForced
+from captioner.vocabulary import PAD
+
+
+class SelfAttention(nn.Module):
+    """Each place of a sequence attends to the others (Vaswani et al. 2017, section 3.2.2).
+
+    Args:
+        size: of the vectors that come in and go out.
+        heads: into which they are divided.
+
+    Raises:
+        ValueError: size cannot be divided by heads.
+    """
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        if heads < 1 or size % heads:
+            raise ValueError(f"vectors of size {size} cannot be divided into {heads} heads")
+        self.heads = heads
+        self.query = nn.Linear(size, size)
+        self.key_value = nn.Linear(size, 2 * size)
+        self.out = nn.Linear(size, size)
+
+    def forward(
+        self, x: Tensor, past: Tensor | None = None, causal: bool = False, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What each new place gathers from those it may see.
+
+        Args:
+            x: (batch, new, size).
+            past: (batch, steps, 2 * size), keys and values of the places before these, as returned for them.
+            causal: whether a place sees none that comes after it.
+            mask: (batch, new), True where a place is real; others are not seen. Not together with `causal`.
+
+        Returns:
+            (batch, new, size), and the keys and values of all places so far, (batch, steps + new, 2 * size).
+        """
+        present = self.key_value(x)
+        if past is not None:
+            present = torch.cat([past, present], dim=1)
+        key, value = (split_heads(part, self.heads) for part in present.chunk(2, dim=-1))
+        seen = None if mask is None else mask[:, None, None, :]
+        if causal and x.shape[1] > 1:
+            everything = torch.ones(x.shape[1], present.shape[1], dtype=torch.bool, device=x.device)
+            seen = everything.tril(present.shape[1] - x.shape[1])
+        gathered = nn.functional.scaled_dot_product_attention(
+            split_heads(self.query(x), self.heads), key, value, attn_mask=seen
+        )
+        return self.out(merge_heads(gathered)), present
+
+
+def feed_forward(size: int, dropout: float) -> nn.Sequential:
+    """The position-wise network of a layer, four times as wide inside (section 3.3)."""
+    return nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * size, size))
+
+
+class AnnotationLayer(nn.Module):
+    """Self-attention, then the position-wise network, each added to what came in."""
+
+    def __init__(self, size: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(2))
+        self.attention = SelfAttention(size, heads)
+        self.feed_forward = feed_forward(size, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(images, regions, size) -> the same."""
+        x = x + self.dropout(self.attention(self.norms[0](x), mask=mask)[0])
+        return x + self.dropout(self.feed_forward(self.norms[1](x)))
+
+
+class AnnotationTransformer(nn.Module):
+    """Annotation vectors that have attended to each other before the decoder reads them (section 3.1).
+
+    A region knows its place by two learnt embeddings, of its row and of its column, which are added to it.
+
+    Args:
+        size: of the annotation vectors.
+        grid: rows and columns of regions.
+        layers, heads: how many.
+        dropout: share of each sub-layer's output dropped in training.
+    """
+
+    def __init__(self, size: int, grid: tuple[int, int], layers: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(grid[0], 1, size) * 0.02)
+        self.columns = nn.Parameter(torch.randn(1, grid[1], size) * 0.02)
+        self.layers = nn.ModuleList(AnnotationLayer(size, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(size)
+
+    def forward(self, annotations: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(images, regions, size) -> the same; `mask` (images, regions) is True where a region is real."""
+        x = annotations + (self.rows + self.columns).flatten(0, 1)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.norm(x)
+
+
+class Past(NamedTuple):
+    """What the decoder keeps of the words so far, so that no step computes them again.
+
+    keys_values: (images, rows, layers, steps, 2 * size), each layer's keys and values of its self-attention.
+    """
+
+    keys_values: Tensor
+
+
+class DecoderLayer(nn.Module):
+    """A look back at the words, a look at the image, and the position-wise network, each added to what came in.
+
+    Args:
+        size, channels: of the layer's own vectors, and of the annotation vectors.
+        heads: of the self-attention, and of the cross-attention where its mechanism has several.
+        attention, attention_size, hard_inference: the cross-attention, see `captioner.attention.build_attention`.
+        dropout: share of each sub-layer's output dropped in training.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        channels: int,
+        heads: int,
+        attention: str,
+        attention_size: int,
+        hard_inference: str,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(3))
+        self.self_attention = SelfAttention(size, heads)
+        self.attention = build_attention(attention, channels, size, attention_size, heads, hard_inference)
+        self.read = nn.Identity() if channels == size else nn.Linear(channels, size)
+        self.feed_forward = feed_forward(size, dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, past: Tensor | None, scene: Scene) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Read new words of each caption.
+
+        Args:
+            x: (images, rows, new, size).
+            past: (images, rows, steps, 2 * size), keys and values of the words before; None where there are none.
+            scene: the image's annotation vectors with this layer's keys.
+
+        Returns:
+            x again; keys and values of all words so far; alpha (images, rows, new, heads, regions); and the log
+            probability of what was drawn (images, rows, new), None where nothing was.
+        """
+        images, rows, new, _ = x.shape
+        before = None if past is None else past.flatten(0, 1)
+        back, present = self.self_attention(self.norms[0](x).flatten(0, 1), before, causal=True)
+        x = x + self.dropout(back.unflatten(0, (images, rows)))
+        # Every place of every caption looks for itself: to the mechanism they are rows of one image.
+        seen = self.attention(self.norms[1](x).flatten(1, 2), scene.keys, scene.annotations, scene.mask)
+        x = x + self.dropout(self.read(seen.context).view_as(x))
+        x = x + self.dropout(self.feed_forward(self.norms[2](x)))
+        choice = None if seen.choice is None else seen.choice.unflatten(1, (rows, new))
+        return x, present.unflatten(0, (images, rows)), seen.alpha.unflatten(1, (rows, new)), choice
+
+
+class TransformerDecoder(nn.Module):
+    """A Transformer that looks at the annotation vectors in each of its layers (Vaswani et al. 2017, section 3.1).
+
+    It has the methods of `captioner.decoder.AttentionLSTM`, takes any of the attention mechanisms as
+    cross-attention, and is searched and drawn the same way. The maps of all layers are kept: alpha has
+    layers * heads of them, the first layer's first.
+
+    Args:
+        vocabulary_size, channels, attention, attention_size, dropout, tie_embeddings: as in `AttentionLSTM`.
+        hidden_size: size of the vectors that the layers hand on, word embeddings included.
+        layers, heads: how many; see `DecoderLayer`.
+        hard_inference: see `captioner.attention.HardAttention`.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        channels: int,
+        attention: str = "multi_head",
+        hidden_size: int = 512,
+        attention_size: int = 512,
+        dropout: float = 0.1,
+        tie_embeddings: bool = False,
+        layers: int = 2,
+        heads: int = 8,
+        hard_inference: str = "argmax",
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary_size, hidden_size, padding_idx=PAD)
+        stack = [
+            DecoderLayer(hidden_size, channels, heads, attention, attention_size, hard_inference, dropout)
+            for _ in range(layers)
+        ]
+        self.layers = nn.ModuleList(stack)
+        self.heads = sum(layer.attention.heads for layer in stack)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
+        self.output_weight = None if tie_embeddings else nn.Parameter(torch.empty_like(self.embedding.weight))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.embedding.weight, std=hidden_size**-0.5)
+        with torch.no_grad():
+            self.embedding.weight[PAD].zero_()
+        if self.output_weight is not None:
+            nn.init.normal_(self.output_weight, std=hidden_size**-0.5)
+
+    def look(self, annotations: Tensor, mask: Tensor | None = None) -> tuple[Scene, ...]:
+        """All that depends on the images alone, computed once: a scene for each layer.
+
+        Args:
+            annotations: (images, regions, channels).
+            mask: (images, regions), True where a region is real; None where all are.
+        """
+        attentions = (cast(DecoderLayer, layer).attention for layer in self.layers)
+        return tuple(Scene(annotations, attention.keys(annotations), mask) for attention in attentions)
+
+    def initial_state(self, scenes: tuple[Scene, ...], rows: int) -> Past:
+        """No words yet."""
+        annotations = scenes[0].annotations
+        size = self.embedding.embedding_dim
+        return Past(annotations.new_empty(annotations.shape[0], rows, len(self.layers), 0, 2 * size))
+
+    def step(self, scenes: tuple[Scene, ...], state: Past, words: Tensor) -> Step:
+        """Read one word and score the next one; see `AttentionLSTM.step`. There is no beta gate: beta is None."""
+        x, presents, alpha, _ = self.read(scenes, words[..., None], state.keys_values)
+        return Step(self.predict(x[:, :, 0]), Past(torch.stack(presents, dim=2)), alpha[:, :, 0], None)
+
+    def forward(self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None) -> TeacherForced:
+        """Read whole captions, all words at once; see `AttentionLSTM.forward`."""
+        inputs, targets = captions[..., :-1], captions[..., 1:]
+        real = targets != PAD
+        x, _, alpha, choice = self.read(self.look(annotations, mask), inputs, None)
+        if choice is not None:
+            choice = choice * real
+        return TeacherForced(self.predict(x[real]), targets[real], alpha * real[..., None, None], real, choice)
+
+    def read(
+        self, scenes: tuple[Scene, ...], words: Tensor, past: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+        """New words (images, rows, new) through all layers; see `DecoderLayer.forward` for what it returns."""
+        size = self.embedding.embedding_dim
+        first = 0 if past is None else past.shape[3]
+        places = sinusoids(first, words.shape[2], size).to(self.embedding.weight)
+        x = self.dropout(self.embedding(words) * size**0.5 + places)
+        presents, alphas, choices = [], [], []
+        for number, (layer, scene) in enumerate(zip(self.layers, scenes, strict=True)):
+            x, present, alpha, choice = layer(x, None if past is None else past[:, :, number], scene)
+            presents.append(present)
+            alphas.append(alpha)
+            choices.append(choice)
+        choice = None if choices[0] is None else torch.stack(choices).sum(dim=0)
+        return x, presents, torch.cat(alphas, dim=3), choice
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Scores of the next word, (..., vocabulary)."""
+        weight = self.embedding.weight if self.output_weight is None else self.output_weight
+        return nn.functional.linear(self.dropout(self.norm(x)), weight, self.output_bias)
+
+    def remember_words(self) -> None:
+        """Nothing to be computed ahead: word embeddings are looked up as they are."""
+
+
+def sinusoids(first: int, count: int, size: int) -> Tensor:
+    """Position encodings of `count` places from `first` on, (count, size) (Vaswani et al. 2017, section 3.5)."""
+    place = torch.arange(first, first + count)[:, None]
+    angle = place * torch.exp(torch.arange(0, size, 2) * (-math.log(10000.0) / size))
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :size]
