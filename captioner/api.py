@@ -16,7 +16,7 @@ from captioner import heatmap
 from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from captioner.images import MAX_PIXELS, ImageSource, load_image
 from captioner.search import Hypotheses, beam_search, sample
-from captioner.vocabulary import END, PAD
+from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
 
 DEFAULT_MODEL = "flickr8k-mobilenet_v2"
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -278,6 +278,36 @@ class Captioner:
                 )
             captions += self.read(found, photos, alternatives)
         return captions[0] if single else captions
+
+    def teacher_forced(self, image: ImageSource, text: str, max_pixels: int = MAX_PIXELS) -> Caption:
+        """What the model makes of a caption that somebody else wrote: each word's probability, and where it looks.
+
+        Args:
+            image: as in `caption`, one.
+            text: lower-cased words with a space between each two; "a dog on grass".
+            max_pixels: as in `caption`.
+
+        Returns:
+            A `Caption` with the words given; its log-probabilities say how well they describe the image.
+
+        Raises:
+            ImageError: the image cannot be read.
+            ValueError: there is no word, or one that the model does not know; the message names them.
+        """
+        words = text.split()
+        if not words:
+            raise ValueError("there is no word to say")
+        if unknown := [word for word in words if word not in self.vocabulary.words[len(SPECIAL) :]]:
+            raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}")
+        photo = load_image(image, max_pixels)
+        ids = torch.tensor([[self.vocabulary.encode(words)]], device=self.model.device)
+        with torch.inference_mode():
+            output = self.model(self.preprocessing([photo]).to(self.model.device), ids)
+            logits = output.logits.index_fill(1, torch.tensor([PAD, START, UNKNOWN], device=ids.device), float("-inf"))
+            logits[0, END] = float("-inf")  # as in search, where no caption is empty
+            told = logits.log_softmax(dim=-1).gather(1, output.targets[:, None])
+        found = Hypotheses(ids[..., 1:], told.view(1, 1, -1), output.alpha, told.new_zeros(1, 1))
+        return self.read(found, [photo], alternatives=0)[0]
 
     def read(self, found: Hypotheses, photos: Sequence[Image.Image], alternatives: int) -> list[Caption]:
         """Turn what a search found into captions."""

@@ -166,8 +166,9 @@ class DotAttention(Attention):
 
     def __init__(self, channels: int, hidden_size: int, attention_size: int) -> None:
         super().__init__()
-        self.W = nn.Linear(channels, attention_size)
-        self.U = nn.Linear(hidden_size, attention_size, bias=False)
+        # A bias in W would shift all scores alike: softmax undoes it.
+        self.W = nn.Linear(channels, attention_size, bias=False)
+        self.U = nn.Linear(hidden_size, attention_size)
 
     def keys(self, annotations: Tensor) -> Tensor:
         """W a_i for every region, (images, regions, attention_size)."""
@@ -209,7 +210,7 @@ class MultiHeadAttention(Attention):
             raise ValueError(f"attention_size {attention_size} cannot be divided into {heads} heads")
         self.heads = heads
         self.U = nn.Linear(hidden_size, attention_size)
-        self.W = nn.Linear(channels, attention_size)
+        self.W = nn.Linear(channels, attention_size, bias=False)
         self.V = nn.Linear(channels, attention_size)
         self.O = nn.Linear(attention_size, channels)
 

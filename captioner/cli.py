@@ -20,6 +20,7 @@ examples:
   captioner photo.jpg
   captioner photos/ --recursive --format jsonl --output captions.jsonl --heatmaps maps/
   captioner *.jpg --beam-size 3 --alternatives 2
+  captioner photos/ --min-confidence 0.4
   captioner photo.jpg --temperature 0.8 --top-p 0.9 --seed 1
   cat photo.jpg | captioner -
 
@@ -80,6 +81,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     search.add_argument("--top-p", type=float, metavar="P", help="draw only among the likeliest words that reach P")
     search.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same captions")
+    parser.add_argument(
+        "--min-confidence",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out captions that the model is less sure of, 0 to 1; the README says what to expect",
+    )
     parser.add_argument("--max-megapixels", type=float, metavar="N", help="larger images are refused (default: 100)")
     parser.add_argument("--version", action="version", version=package_version())
     options = parser.parse_args(arguments)
@@ -87,6 +95,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--temperature must be above 0, not {options.temperature}")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         parser.error(f"--top-p must be above 0 and at most 1, not {options.top_p}")
+    if not 0 <= options.min_confidence <= 1:
+        parser.error(f"--min-confidence must be from 0 to 1, not {options.min_confidence}")
     if options.images.count("-") > 1:
         parser.error("- can be given once only")
     return options
@@ -142,13 +152,16 @@ def caption_all(captioner: "Captioner", inputs: Sequence[Input], options: argpar
         photos = [image for _, image in batch if not isinstance(image, Exception)]
         captions = iter(captioner.caption(photos, **search))
         for item, image in batch:
-            caption = None if isinstance(image, Exception) else next(captions)
+            caption, error = (None, str(image)) if isinstance(image, Exception) else (next(captions), "")
+            if caption and caption.confidence < options.min_confidence:
+                error = f"{item.path}: confidence {caption.confidence:.2f} is below {options.min_confidence:g}"
+                caption = None
             if caption is None:
                 failed += 1
-                say(f"captioner: {image}")
+                say(f"captioner: {error}")
             elif options.heatmaps and caption.words:
                 save_heatmap(caption, Path(options.heatmaps), item.name, taken)
-            output.write(line(item.path, caption, str(image), options.format, alone))
+            output.write(line(item.path, caption, error, options.format, alone))
             output.flush()
             done += 1
             if sys.stderr.isatty() and len(inputs) > 1:

@@ -31,7 +31,8 @@ class SelfAttention(nn.Module):
             raise ValueError(f"vectors of size {size} cannot be divided into {heads} heads")
         self.heads = heads
         self.query = nn.Linear(size, size)
-        self.key_value = nn.Linear(size, 2 * size)
+        self.key = nn.Linear(size, size, bias=False)  # a bias would shift all scores alike: softmax undoes it
+        self.value = nn.Linear(size, size)
         self.out = nn.Linear(size, size)
 
     def forward(
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
         Returns:
             (batch, new, size), and the keys and values of all places so far, (batch, steps + new, 2 * size).
         """
-        present = self.key_value(x)
+        present = torch.cat([self.key(x), self.value(x)], dim=-1)
         if past is not None:
             present = torch.cat([past, present], dim=1)
         key, value = (split_heads(part, self.heads) for part in present.chunk(2, dim=-1))

@@ -235,3 +235,28 @@ def test_the_model_in_the_package_is_small_and_says_what_it_is_worth():
     assert about["dev"]["scores"]["BLEU-4"] >= 0.205
     assert about["dev"]["scores"]["CIDEr"] >= 0.50
     assert about["command"].startswith("python -m training.train")
+
+
+def test_teacher_forcing_a_models_own_caption_gives_its_probabilities_and_maps(small):
+    own = small.caption(PATHS[0], beam_size=2, block_ngrams=0)
+    forced = small.teacher_forced(PATHS[0], own.text)
+    assert forced.words == own.words
+    said = len(own.word_log_probabilities)
+    assert forced.word_log_probabilities[:said] == pytest.approx(own.word_log_probabilities, abs=1e-5)
+    assert np.allclose(forced.attention, own.attention, atol=1e-5)
+
+
+def test_what_cannot_be_said_is_refused_by_name(small):
+    with pytest.raises(ValueError, match=r"does not know 'xylophone', '<unk>'"):
+        small.teacher_forced(PATHS[0], "word1 xylophone <unk>")
+    with pytest.raises(ValueError, match="no word"):
+        small.teacher_forced(PATHS[0], " ")
+
+
+def test_a_caption_that_is_there_is_likelier_than_one_that_is_not():
+    captioner = Captioner.from_pretrained()
+    photo = PHOTOS / "photographer.jpg"
+    right, wrong = (
+        captioner.teacher_forced(photo, text) for text in (captioner.caption(photo).text, "a dog swims in the water")
+    )
+    assert right.confidence > 2 * wrong.confidence

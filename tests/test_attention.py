@@ -101,7 +101,7 @@ def test_several_heads_are_torchs_multi_head_attention():
     ours = build_attention("multi_head", channels=size, hidden_size=size, attention_size=size, heads=heads)
     theirs = nn.MultiheadAttention(size, heads, batch_first=True)
     theirs.in_proj_weight.copy_(torch.cat([ours.U.weight, ours.W.weight, ours.V.weight]))
-    theirs.in_proj_bias.copy_(torch.cat([ours.U.bias, ours.W.bias, ours.V.bias]))
+    theirs.in_proj_bias.copy_(torch.cat([ours.U.bias, torch.zeros(size), ours.V.bias]))
     theirs.out_proj.load_state_dict(ours.O.state_dict())
     hidden, annotations = torch.randn(2, 4, size), torch.randn(2, 7, size)
     mask = torch.ones(2, 7, dtype=torch.bool)
@@ -213,7 +213,7 @@ def test_hard_attention_finds_the_region_that_tells():
 
 def test_the_entropy_term_spreads_the_weights():
     attention, annotations, hidden = toy(64)
-    nn.init.constant_(attention.v.weight, 1.5)
+    nn.init.normal_(attention.v.weight, std=4.0)
     annotations, hidden = annotations.double(), hidden.double()
     optimiser = torch.optim.Adam(attention.parameters(), lr=0.05)
 

@@ -86,6 +86,21 @@ def test_a_thousand_photos_with_ten_broken_ones(small_folder, tmp_path, capsys):
     )
 
 
+def test_captions_below_the_confidence_asked_for_are_left_out_and_said_to_be(capsys):
+    paths = sorted(PHOTOS.glob("*.jpg"))
+    captions = Captioner.from_pretrained().caption(paths)
+    middle = sorted(caption.confidence for caption in captions)[1]
+    assert main([*map(str, paths), "--format", "jsonl", "--min-confidence", str(middle - 1e-4)]) == 1
+    out, err = capsys.readouterr()
+    for path, caption, row in zip(paths, captions, map(json.loads, out.splitlines()), strict=True):
+        if caption.confidence < middle:
+            assert row.keys() == {"path", "error"}
+            assert f"{path}: confidence {caption.confidence:.2f} is below" in err
+        else:
+            assert row["caption"] == str(caption)
+    assert len(err.splitlines()) == 1
+
+
 def test_heatmaps_are_written_and_never_over_each_other(small_folder, photos, tmp_path):
     maps = tmp_path / "maps"
     run(small_folder, photos, photos / "more" / "a.jpg", "--recursive", "--heatmaps", maps)
@@ -131,6 +146,7 @@ def test_names_with_tabs_and_newlines_stay_on_one_line(small_folder, tmp_path, c
         (["{empty}"], 1, "no image in"),
         (["a.jpg", "--model", "/no/such"], 2, "no model '/no/such'"),
         (["a.jpg", "--device", "quantum"], 2, "quantum"),
+        (["{cat}", "--min-confidence", "1"], 1, "is below 1"),
         (["{cat}", "--max-megapixels", "0.001"], 1, "too many pixels"),
         (["{cat}", "--output", "/no/such/folder/file"], 1, "cannot write"),
     ],

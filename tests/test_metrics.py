@@ -6,10 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from training import metrics
-from training.metrics import METRICS, CannotScore, diversity, quick_scores, score, spice
+from training.metrics import (
+    METRICS,
+    CannotScore,
+    attention_entropy,
+    calibration,
+    diversity,
+    quick_scores,
+    score,
+    spice,
+)
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")
 
@@ -219,4 +229,34 @@ def test_quick_scores_agree_with_the_whole_scorer_on_plain_words():
 
 def test_diversity_counts_distinct_captions_and_words():
     figures = diversity([["a", "dog"], ["a", "dog"], ["two", "men", "play"], []])
-    assert figures == {"distinct captions": 0.75, "words in use": 5, "mean length": 7 / 4}
+    assert figures == {"distinct captions": 0.75, "words in use": 5, "mean length": 7 / 4, "repeated pairs": 0}
+
+
+def test_diversity_tells_what_is_repeated_and_what_was_learnt_by_heart():
+    said = [["a", "dog", "and", "a", "dog", "and", "a", "cat"], ["a", "dog"]]
+    figures = diversity(said, known={("a", "dog"), ("a", "cat")})
+    assert figures["repeated pairs"] == 3 / 8
+    assert figures["captions of the training set"] == 0.5
+
+
+def test_entropy_is_that_of_one_region_and_of_all_of_them():
+    one = np.zeros((2, 7, 7))
+    one[:, 3, 3] = 1
+    even = np.full((4, 3, 7, 7), 1 / 49)  # four words, three heads
+    assert attention_entropy([one]) == 0
+    assert attention_entropy([even]) == pytest.approx(np.log(49))
+    assert attention_entropy([one, even]) == pytest.approx(np.log(49) * 12 / 14)
+
+
+def test_calibration_ranks_captions_by_confidence():
+    sure = np.linspace(0.1, 0.9, 20)
+    good = calibration(sure, sure**3, groups=4)
+    assert good.correlation == pytest.approx(1)
+    assert [group["confidence from"] for group in good.groups] == pytest.approx(sure[[0, 5, 10, 15]])
+    assert good.groups[1]["CIDEr"] == pytest.approx((sure[5:10] ** 3).mean())
+    assert good.groups[1]["CIDEr from here on"] == pytest.approx((sure[5:] ** 3).mean())
+    assert calibration(sure, 1 - sure).correlation == pytest.approx(-1)
+    assert calibration(sure, np.ones(20)).correlation == 0
+    assert len(calibration([0.5], [1.0]).groups) == 1
+    # Ties share their rank: 1, 2.5, 2.5, 4 and 1, 4, 2.5, 2.5.
+    assert calibration([0.1, 0.2, 0.2, 0.3], [0.1, 0.3, 0.2, 0.2]).correlation == pytest.approx(0.5)

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torchvision
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from captioner import Captioner
 from captioner.attention import MECHANISMS
@@ -395,3 +397,31 @@ def test_the_real_data_set_is_read_and_its_photographs_train(flickr8k, weights, 
     flags += ["--encoder-weights", str(weights)]
     assert main([*tiny.SMALL, *flags, "--output", str(tmp_path / "run")]) == 0
     assert losses(tmp_path / "run")[1] < losses(tmp_path / "run")[0]
+
+
+def test_the_recipe_for_coco_runs_as_it_is(tmp_path):
+    """Its own sizes and all three stages, on four drawn pictures, with random weights and one epoch each."""
+    (tmp_path / "annotations").mkdir()
+    for split, numbers in (("train", range(4)), ("val", range(4, 6))):
+        folder = tmp_path / f"{split}2014"
+        folder.mkdir()
+        for number in numbers:
+            Image.new("RGB", (64, 48), (40 * number, 200 - 40 * number, 90)).save(folder / f"{number}.jpg")
+        images = [{"id": number, "file_name": f"{number}.jpg"} for number in numbers]
+        captions = [
+            {"id": 9 * n, "image_id": n, "caption": f"a picture of colour {'abcdef'[n]}."}
+            for n in numbers
+            for _ in range(5)
+        ]
+        annotations = json.dumps({"images": images, "annotations": captions})
+        (tmp_path / "annotations" / f"captions_{split}2014.json").write_text(annotations)
+    torch.manual_seed(0)
+    weights = tmp_path / "resnet101.safetensors"
+    save_file(torchvision.models.resnet101().state_dict(), weights)
+    flags = ["--config", str(PROJECT / "training" / "recipes" / "coco_resnet101.toml"), "--root", str(tmp_path)]
+    flags += ["--encoder-weights", str(weights), "--cache", str(tmp_path / "cache"), "--no-compile", "--workers", "0"]
+    flags += ["--epochs", "1", "--finetune-epochs", "1", "--scst-epochs", "1", "--device", "cpu"]
+    assert main([*flags, "--output", str(tmp_path / "run")]) == 0
+    assert [row["stage"] for row in history(tmp_path / "run")] == ["frozen encoder", "fine-tuning", "self-critical"]
+    caption = Captioner.from_pretrained(tmp_path / "run").caption(tmp_path / "val2014" / "4.jpg")
+    assert caption.attention.shape[1:] == (14, 14)

@@ -15,7 +15,7 @@ SIZE, HEADS, WORDS = 16, 4, 11
 def copy_attention(theirs: nn.MultiheadAttention, query: nn.Linear, *others: nn.Linear, out: nn.Linear) -> None:
     parts = (query, *others)
     theirs.in_proj_weight.copy_(torch.cat([part.weight for part in parts]))
-    theirs.in_proj_bias.copy_(torch.cat([part.bias for part in parts]))
+    theirs.in_proj_bias.copy_(torch.cat([torch.zeros(SIZE) if part.bias is None else part.bias for part in parts]))
     theirs.out_proj.load_state_dict(out.state_dict())
 
 
@@ -36,7 +36,9 @@ def test_self_attention_over_the_regions_is_torchs_encoder_layer():
         SIZE, HEADS, 4 * SIZE, activation="gelu", batch_first=True, norm_first=True
     ).eval()
     copy_layer(theirs, ours)
-    copy_attention(theirs.self_attn, ours.attention.query, ours.attention.key_value, out=ours.attention.out)
+    copy_attention(
+        theirs.self_attn, ours.attention.query, ours.attention.key, ours.attention.value, out=ours.attention.out
+    )
     x = torch.randn(3, 6, SIZE)
     mask = torch.ones(3, 6, dtype=torch.bool)
     mask[1, 4:] = False
@@ -78,9 +80,8 @@ def test_the_decoder_is_torchs_decoder():
     theirs = nn.TransformerDecoder(layer, 2, norm=ours.norm).eval()
     for own, other in zip(ours.layers, theirs.layers, strict=True):
         copy_layer(other, own)
-        copy_attention(
-            other.self_attn, own.self_attention.query, own.self_attention.key_value, out=own.self_attention.out
-        )
+        back = own.self_attention
+        copy_attention(other.self_attn, back.query, back.key, back.value, out=back.out)
         cross = own.attention
         copy_attention(other.multihead_attn, cross.U, cross.W, cross.V, out=cross.O)
     annotations, captions = torch.randn(2, 5, SIZE), captions_of()

@@ -23,7 +23,7 @@ class TrainConfig:
 
     Stage one trains the decoder on features that the frozen encoder gave of every image once. Stage two goes on
     from the best model of stage one and tunes the encoder too, on augmented images. Stage three rewards captions
-    that the model draws itself for their CIDEr-D (self-critical sequence training, Rennie et al. 2017).
+    that the model makes itself for their CIDEr-D (self-critical sequence training, Rennie et al. 2017).
     """
 
     data: str = option("flickr8k", "data set", ("flickr8k", "flickr30k", "coco"))
@@ -35,7 +35,9 @@ class TrainConfig:
     node: str = option("", "node of the encoder to read; empty: its last feature map")
     grid: int = option(7, "rows and columns of regions")
     image_size: int = option(224, "height and width that images are resized to, in pixels")
-    start_from: str = option("", "folder or name of a trained model to go on from; its network and words stay")
+    start_from: str = option(
+        "", "folder or name of a trained model to go on from; its words and sizes stay, but for grid and image_size"
+    )
     decoder: str = option("lstm", "decoder", DECODERS)
     attention: str = option("", "attention mechanism; empty: additive, for a transformer multi_head", ("", *MECHANISMS))
     hard_inference: str = option("argmax", "what hard attention sees when captioning", ("argmax", "expectation"))
@@ -62,6 +64,7 @@ class TrainConfig:
     scst_epochs: int = option(0, "stage three: epochs of self-critical training on CIDEr-D")
     scst_learning_rate: float = option(1e-4, "stage three: peak learning rate of the decoder")
     scst_encoder_learning_rate: float = option(0.0, "stage three: peak learning rate of the encoder; 0: frozen")
+    scst_search: str = option("beam", "how captions are drawn in stage three", ("beam", "sample"))
     scst_samples: int = option(5, "captions drawn for each image in stage three")
     scst_baseline: str = option("others", "what a drawn caption is compared with", ("others", "greedy"))
     batch_size: int = option(32, "images in a batch, over all processes; each comes with all its captions")

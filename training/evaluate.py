@@ -7,7 +7,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,22 @@ from captioner.cli import positive
 from captioner.heatmap import shrink
 from captioner.images import ImageError
 from training.datasets import DATASETS, SPLITS, CaptionedImage, DatasetError, read_dataset
-from training.metrics import METRICS, Scores, diversity, score
+from training.metrics import METRICS, Calibration, Scores, attention_entropy, calibration, diversity, score
+from training.pointing import check_pointing
 from training.report import TILE, write_report
+from training.words import tokenize
 
 log = logging.getLogger("training")
+
+# What the table shows beside the scores, and how.
+FIGURES = {
+    "distinct captions": "{:.0%}",
+    "captions of the training set": "{:.0%}",
+    "words in use": "{:.0f}",
+    "mean length": "{:.1f}",
+    "repeated pairs": "{:.1%}",
+    "attention entropy": "{:.2f}",
+}
 
 
 @dataclass(frozen=True)
@@ -32,13 +44,17 @@ class Evaluation:
     """What a model said of a split with one beam size, and what that is worth.
 
     captions: image's path -> its caption; the photograph in it is as small as the report shows it.
+    figures: what overlap with references does not tell; see `training.metrics.diversity`, and the entropy of the
+        attention weights.
+    calibration: how the captions' own CIDEr goes with the model's confidence.
     unreadable: a message for each image that was passed over.
     """
 
     beam_size: int
     captions: dict[str, Caption]
     scores: Scores
-    diversity: dict[str, float]
+    figures: dict[str, float]
+    calibration: Calibration
     images_per_second: float
     unreadable: list[str]
 
@@ -49,14 +65,20 @@ class Evaluation:
             "images": len(self.captions),
             "scores": self.scores.corpus,
             "left_out": self.scores.left_out,
-            **self.diversity,
+            **self.figures,
+            "calibration": dataclasses.asdict(self.calibration),
             "images_per_second": self.images_per_second,
             "unreadable": self.unreadable,
         }
 
 
 def evaluate(
-    captioner: Captioner, items: Sequence[CaptionedImage], beam_size: int, batch_size: int = 32, **options: Any
+    captioner: Captioner,
+    items: Sequence[CaptionedImage],
+    beam_size: int,
+    batch_size: int = 32,
+    known: Collection[tuple[str, ...]] | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Caption every image and score the captions. The time counts reading the images, not the scoring.
 
@@ -64,6 +86,7 @@ def evaluate(
         captioner: the model.
         items: images with the captions people wrote.
         beam_size, batch_size, options: see `Captioner.caption`.
+        known: the captions of the training set, as words.
 
     Raises:
         ValueError: no image could be read.
@@ -85,8 +108,14 @@ def evaluate(
         raise ValueError(f"none of the {len(items)} images could be read")
     references = {str(item.path): item.captions for item in items if str(item.path) in captions}
     scores = score({path: str(caption) for path, caption in captions.items()}, references)
-    words = diversity([caption.words for caption in captions.values()])
-    return Evaluation(beam_size, captions, scores, words, len(captions) / seconds, unreadable)
+    figures = diversity([caption.words for caption in captions.values()], known)
+    said = [caption for caption in captions.values() if caption.words]
+    maps = [caption.attention if caption.head_attention is None else caption.head_attention for caption in said]
+    figures["attention entropy"] = attention_entropy(maps)
+    own = calibration(
+        [caption.confidence for caption in captions.values()], [scores.per_image[path]["CIDEr"] for path in captions]
+    )
+    return Evaluation(beam_size, captions, scores, figures, own, len(captions) / seconds, unreadable)
 
 
 def one_by_one(
@@ -121,18 +150,15 @@ def captions_json(evaluation: Evaluation, items: Sequence[CaptionedImage]) -> li
 def table(evaluations: Sequence[Evaluation]) -> str:
     """The figures of several beam sizes as Markdown; scores times 100, as papers give them."""
     names = [metric for metric in METRICS if metric in evaluations[0].scores.corpus]
+    others = [name for name in FIGURES if name in evaluations[0].figures]
     lines = [
-        "| beam | " + " | ".join(names) + " | distinct captions | words in use | images/s |",
-        "|---" * (len(names) + 4) + "|",
+        "| beam | " + " | ".join([*names, *others]) + " | images/s |",
+        "|---" * (len(names) + len(others) + 2) + "|",
     ]
     for one in evaluations:
         cells = [f"{100 * one.scores.corpus[name]:.1f}" for name in names]
-        cells += [
-            f"{100 * one.diversity['distinct captions']:.0f} %",
-            f"{one.diversity['words in use']:.0f}",
-            f"{one.images_per_second:.1f}",
-        ]
-        lines.append(f"| {one.beam_size} | " + " | ".join(cells) + " |")
+        cells += [FIGURES[name].format(one.figures[name]) for name in others]
+        lines.append(f"| {one.beam_size} | " + " | ".join(cells) + f" | {one.images_per_second:.1f} |")
     return "\n".join(lines)
 
 
@@ -176,13 +202,22 @@ def run(options: argparse.Namespace) -> None:
     folder = Path(options.output or home / f"evaluation-{options.split}")
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the captioning, not after
     search = {} if options.length_penalty is None else {"length_penalty": options.length_penalty}
+    train = dataset.splits.get("train", ())
+    known = {tuple(tokenize(caption)) for item in train for caption in item.captions} if train else None
     evaluations = []
     for beam_size in options.beam_size:
-        evaluations.append(evaluate(captioner, items, beam_size, options.batch_size, **search))
+        evaluations.append(evaluate(captioner, items, beam_size, options.batch_size, known, **search))
     widest = max(evaluations, key=lambda evaluation: evaluation.beam_size)
     for metric, why in widest.scores.left_out.items():
         log.warning("%s left out: %s", metric, why)
     print(table(evaluations))
+    print(f"\nconfidence and CIDEr, Spearman's correlation: {widest.calibration.correlation:.2f}")
+    pointing = None
+    try:
+        pointing = check_pointing(captioner, items)
+        print(f"attention on the right half of two photographs side by side: {pointing}")
+    except ValueError as error:
+        log.warning("pointing left out: %s", error)
 
     figures = {
         "model": str(options.model),
@@ -190,6 +225,7 @@ def run(options: argparse.Namespace) -> None:
         "split": options.split,
         "options": {"batch_size": options.batch_size, "device": str(captioner.model.device), **search},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "pycocoevalcap")}},
+        "pointing": pointing and dataclasses.asdict(pointing),
         "evaluations": [evaluation.to_dict() for evaluation in evaluations],
     }
     with replacing(folder / "scores.json", folder / "captions.json") as (scores_path, captions_path):

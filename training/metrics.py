@@ -7,12 +7,15 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
+
+import numpy as np
 
 from training.words import tokenize
 
@@ -289,11 +292,78 @@ def quick_scores(
         return scores | {"CIDEr": float(cider(truths, hypotheses)[0][0])}
 
 
-def diversity(captions: Sequence[Sequence[str]]) -> dict[str, float]:
-    """How varied captions are: the share of distinct ones, the number of words in use, the mean length."""
+def diversity(captions: Sequence[Sequence[str]], known: Collection[tuple[str, ...]] | None = None) -> dict[str, float]:
+    """What overlap with references does not tell of captions.
+
+    Args:
+        captions: one an image, as words.
+        known: the captions of the training set, as words; None where they are not at hand.
+
+    Returns:
+        The share of distinct captions, the number of words in use, the mean length in words, the share of each
+        caption's pairs of words that it has said before, and the share of captions that stand in the training set.
+    """
     count = max(len(captions), 1)
-    return {
+    pairs = [list(pairwise(words)) for words in captions]
+    figures = {
         "distinct captions": len({tuple(words) for words in captions}) / count,
         "words in use": len({word for words in captions for word in words}),
         "mean length": sum(len(words) for words in captions) / count,
+        "repeated pairs": sum(len(of_one) - len(set(of_one)) for of_one in pairs) / max(sum(map(len, pairs)), 1),
     }
+    if known is not None:
+        figures["captions of the training set"] = sum(tuple(words) in known for words in captions) / count
+    return figures
+
+
+def attention_entropy(maps: Sequence[np.ndarray]) -> float:
+    """How widely attention is spread: the mean of - sum_i alpha_i ln alpha_i over all words and heads.
+
+    0 where every word sees one region, the logarithm of the number of regions where all see all of them alike.
+
+    Args:
+        maps: of each caption (T, ..., rows, columns).
+    """
+    flat = np.concatenate([of_one.reshape(-1, of_one.shape[-2] * of_one.shape[-1]) for of_one in maps])
+    return float(-(flat * np.log(np.maximum(flat, 1e-30))).sum(axis=1).mean())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the quality of captions goes with the model's confidence in them.
+
+    correlation: Spearman's, -1 to 1, of confidence and CIDEr.
+    groups: from the least to the most confident tenth: the lowest confidence, the mean one, the mean CIDEr, and the
+        mean CIDEr of all captions that are at least as confident.
+    """
+
+    correlation: float
+    groups: list[dict[str, float]]
+
+
+def calibration(confidence: Sequence[float], quality: Sequence[float], groups: int = 10) -> Calibration:
+    """See `Calibration`.
+
+    Args:
+        confidence: of each caption, 0 to 1.
+        quality: the caption's own CIDEr.
+        groups: how many to make, as equal as can be; fewer where there are fewer captions.
+    """
+    sure, good = np.asarray(confidence, dtype=float), np.asarray(quality, dtype=float)
+    ranks = [np.searchsorted(np.sort(x), x) + np.searchsorted(np.sort(x), x, side="right") for x in (sure, good)]
+    varied = len(sure) > 1 and all(np.ptp(rank) > 0 for rank in ranks)
+    order = np.argsort(sure, kind="stable")
+    parts = np.array_split(order, min(groups, len(order)))
+    firsts = np.cumsum([0, *(len(part) for part in parts[:-1])])
+    return Calibration(
+        float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if varied else 0.0,
+        [
+            {
+                "confidence from": float(sure[part[0]]),
+                "mean confidence": float(sure[part].mean()),
+                "CIDEr": float(good[part].mean()),
+                "CIDEr from here on": float(good[order[first:]].mean()),
+            }
+            for part, first in zip(parts, firsts, strict=True)
+        ],
+    )

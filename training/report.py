@@ -15,6 +15,7 @@ from training.datasets import CaptionedImage
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
+    from training.metrics import Calibration
 
 TILE = 160  # pixels, the width of a photograph in the report
 STYLE = """
@@ -63,12 +64,26 @@ def write_report(
 <h1>{html.escape(title)}</h1>
 {html_table(table)}
 {left_out}
+{calibration_table(evaluation.calibration)}
 <p>Below: beam {evaluation.beam_size}, ranked by each caption's own CIDEr.
 <a href="#worst">The worst</a> · <a href="#best">The best</a></p>
 {sections}</body></html>
 """
     with replacing(path) as (temporary,):
         temporary.write_text(page, "utf-8")
+
+
+def calibration_table(calibration: "Calibration") -> str:
+    """How far the model's confidence can be trusted, for choosing a threshold."""
+    lines = ["| confidence from | mean confidence | CIDEr | CIDEr of these and all surer ones |", "|---|---|---|---|"]
+    for group in calibration.groups:
+        cells = (group["confidence from"], group["mean confidence"], 100 * group["CIDEr"])
+        lines.append("| {:.2f} | {:.2f} | {:.1f} | {:.1f} |".format(*cells, 100 * group["CIDEr from here on"]))
+    return f"""<h2>Confidence</h2>
+<p>Captions in groups of equal number, from the least to the most confident. Spearman's correlation of a caption's
+confidence with its CIDEr: {calibration.correlation:.2f}. <code>captioner --min-confidence</code> takes a threshold
+from the first column; the last one says what is left.</p>
+{html_table(chr(10).join(lines))}"""
 
 
 def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> str:

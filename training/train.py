@@ -3,6 +3,7 @@
 The same command under `torchrun --nproc-per-node N -m training.train ...` trains on N GPUs.
 """
 
+import dataclasses
 import logging
 import os
 import sys
@@ -52,7 +53,9 @@ def train(config: TrainConfig, processes: Distributed) -> float:
     train_items, dev_items = load_items(config, processes)
     if config.start_from:
         start = load_checkpoint(find_model(config.start_from))
-        model, vocabulary, preprocessing = start.model, start.vocabulary, start.preprocessing
+        vocabulary = start.vocabulary
+        preprocessing = dataclasses.replace(start.preprocessing, size=(config.image_size, config.image_size))
+        model = with_grid(start.model, config.grid)
     else:
         vocabulary = Vocabulary.build(
             (tokenize(caption) for item in train_items for caption in item.captions), config.minimum_count
@@ -170,6 +173,18 @@ def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
         ),
         config.encoder_weights or None,
     )
+
+
+def with_grid(model: ShowAttendTell, grid: int) -> ShowAttendTell:
+    """The model with another number of regions. Raises ValueError where its weights know each region by itself."""
+    other = ShowAttendTell(dataclasses.replace(model.config, grid=(grid, grid)))
+    try:
+        other.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"a model of {model.config.grid} regions cannot go on with a grid of {grid}: {error}"
+        ) from error
+    return other
 
 
 def prepare_model(model: ShowAttendTell, config: TrainConfig, device: torch.device) -> None:

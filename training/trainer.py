@@ -280,17 +280,20 @@ class Trainer:
     def self_critical(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
         """This process's share of the loss on captions that the model draws; the sum of its images' mean rewards."""
         images = batch.images.to(self.distributed.device, non_blocking=True)
-        if stage.train_from is None and images.dim() == 4:
-            with torch.no_grad():
-                images = self.model.encoder(images)  # once, to draw captions and to learn from them
-        captions, rewards, advantage = self.draw(images, batch.indices)
+        if images.dim() == 4:
+            # Once, to draw captions and to learn from them. It is the same in training as without.
+            with torch.set_grad_enabled(stage.train_from is not None):
+                images = self.model.encoder(images)
+        captions, rewards, advantage = self.draw(images.detach(), batch.indices)
         loss = self_critical_loss(parallel(images, captions), advantage, batch.size * captions.shape[1])
         return loss, rewards.mean(dim=1).sum().to(loss)
 
     def draw(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Captions drawn from the model as it is, (images, samples, length), their rewards and their advantages.
 
-        An image's captions depend on the step and the image, not on which process draws them.
+        They are drawn by chance, or are the best that beam search finds (Cornia et al. 2020, section 3.3), which a
+        model that writes well learns from sooner. Which they are depends on the step and the image, not on the
+        process that draws them.
         """
         config, model, progress, reward = self.config, self.model, self.progress, self.reward
         assert reward is not None, "made with the trainer where a stage needs it"
@@ -299,9 +302,12 @@ class Trainer:
         model.decoder.remember_words()
         with torch.no_grad():
             annotations = model.annotate(images)
-        drawn = sample(
-            model.decoder, annotations, samples=config.scst_samples, max_length=config.max_length, seed=seeds
-        )
+        if config.scst_search == "beam":
+            drawn = beam_search(model.decoder, annotations, beam_size=config.scst_samples, max_length=config.max_length)
+        else:
+            drawn = sample(
+                model.decoder, annotations, samples=config.scst_samples, max_length=config.max_length, seed=seeds
+            )
         greedy = None
         if config.scst_baseline == "greedy":
             likeliest = beam_search(model.decoder, annotations, beam_size=1, max_length=config.max_length).words
@@ -336,6 +342,7 @@ class Trainer:
             "reward": progress.reward_sum / max(progress.batch, 1) if stage.self_critical else "",
             **scores,
             "distinct": len({" ".join(words) for words in candidates}) / max(len(candidates), 1),
+            "seconds": progress.seconds,
             "images_per_second": len(self.names) / max(progress.seconds, 1e-9),
         }
         progress.history.append(row)

@@ -1,0 +1,70 @@
+"""The comparison trains every kind under one budget, goes on where it was stopped, and shows what it found."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from training import compare, metrics
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    flags = ["--root", str(tiny.draw(folder / "tiny")), "--cache", str(folder / "cache"), *tiny.SMALL]
+    flags += ["--encoder-weights", str(tiny.encoder_weights(folder / "weights.safetensors")), "--heads", "2"]
+    return [*flags, "--epochs", "1", "--finetune-epochs", "0", "--word", "red", "--sentence", "a red circle"]
+
+
+@pytest.fixture(autouse=True)
+def no_java(monkeypatch):
+    monkeypatch.setattr(metrics, "why_no_java", lambda: metrics.NO_JAVA)
+
+
+def test_every_kind_is_trained_and_shown_and_not_again(options, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "compare"
+    assert compare.main([*options, "--seeds", "0", "1", "--output", str(output)]) == 0
+    table = capsys.readouterr().out
+    assert table.strip() == (output / "compare.md").read_text().strip()
+    assert re.findall(r"\| `(\w+)`", table) == list(compare.KINDS)
+    assert "left out" in table  # METEOR, without Java
+    with (output / "compare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kind"] for row in rows] == [kind for kind in compare.KINDS for _ in range(2)]
+    figures = {row["kind"]: row for row in rows}
+    assert float(figures["none"]["entropy"]) == pytest.approx(np.log(4), abs=1e-3)  # 2 x 2 regions
+    assert float(figures["hard"]["entropy"]) == 0
+    assert float(figures["none"]["parameters"]) < float(figures["additive"]["parameters"])
+    for name in ("compare.png", "maps.png"):
+        assert Image.open(output / name).width > 300
+
+    monkeypatch.setattr(compare, "measure", lambda *_: pytest.fail("measured again"))
+    states = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    assert len(states) == 2 * 2 * len(compare.KINDS)
+    assert compare.main([*options, "--seeds", "0", "1", "--output", str(output)]) == 0
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == states
+
+
+def test_a_mean_and_a_spread_are_over_the_seeds():
+    row = compare.summary("dot", [{"CIDEr": 40.0}, {"CIDEr": 44.0}])
+    assert row == {"kind": "dot", "seeds": 2, "CIDEr": 42.0, "CIDEr spread": pytest.approx(8**0.5)}
+    assert compare.summary("dot", [{"CIDEr": 40.0}])["CIDEr spread"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--word", "cat"], "does not hold the --word 'cat'"), (["--kinds", "telepathy"], "telepathy")],
+)
+def test_wrong_usage_is_told_before_anything_is_trained(options, tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        compare.main([*options, "--output", str(tmp_path / "run"), *arguments])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_compared_is_one_clear_error(options, tmp_path, capsys):
+    assert compare.main([*options, "--root", "/no/such/root", "--output", str(tmp_path / "run")]) == 1
+    assert "/no/such/root" in capsys.readouterr().err

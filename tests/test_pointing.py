@@ -1,0 +1,94 @@
+"""Where attention looks, on pictures in which the place of a word is known."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captioner import Captioner
+from captioner.api import Caption
+from training import pointing
+from training.datasets import CaptionedImage, read_dataset
+
+
+@pytest.mark.parametrize(
+    ("captions", "thing"),
+    [
+        (["a dog runs", "two dogs", "an animal"], "dog"),
+        (["a man", "a woman and a boy", "somebody"], "person"),
+        (["a dog runs", "a man and a dog", "a dog"], None),
+        (["a dog", "a hill", "a tree"], None),
+        ([], None),
+    ],
+)
+def test_a_photograph_shows_what_most_captions_name_if_none_names_another_thing(captions, thing):
+    assert pointing.only_thing(captions) == thing
+
+
+def test_the_halves_are_the_middles_of_the_photographs():
+    left = Image.new("RGB", (100, 80), "black")
+    left.paste("red", (25, 0, 75, 80))
+    picture = np.asarray(pointing.side_by_side(left, Image.new("RGB", (60, 90), "blue"), size=64))
+    assert picture.shape == (64, 64, 3)
+    assert np.allclose(picture[:, 2:30], (255, 0, 0), atol=5)
+    assert np.allclose(picture[:, 32:], (0, 0, 255), atol=5)
+
+
+class Pointer:
+    """A captioner that says where a red dog and a green person are, and looks there or at the other half."""
+
+    def __init__(self, right_place: bool) -> None:
+        self.right_place = right_place
+
+    def caption(self, pictures, alternatives):
+        captions = []
+        for picture in pictures:
+            dog_at_left = picture.getpixel((5, 5))[0] > 128
+            maps = np.zeros((3, 4, 4), np.float32)
+            maps[0] = 1 / 16
+            for place, at_left in ((1, dog_at_left), (2, not dog_at_left)):
+                maps[place, :, 0 if at_left == self.right_place else 3] = 0.25
+            captions.append(Caption(("the", "dog", "man"), (0.0,) * 4, maps, picture))
+        return captions
+
+
+@pytest.fixture
+def items(tmp_path):
+    made = []
+    for number in range(4):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (40, 40), ("red", "green")[number % 2]).save(path)
+        made.append(CaptionedImage(path, (("a dog", "a man")[number % 2],)))
+    return made
+
+
+def test_a_model_that_points_right_is_told_from_one_that_points_wrong(items):
+    right, wrong = (pointing.check_pointing(Pointer(place), items, pairs=20) for place in (True, False))
+    assert (right.words, right.hits) == (40, 1.0)
+    assert right.weight > 0.8
+    assert (wrong.words, wrong.hits) == (40, 0.0)
+    assert wrong.weight < 0.2
+
+
+def test_photographs_of_one_thing_alone_are_refused(items):
+    with pytest.raises(ValueError, match="no two different things"):
+        pointing.check_pointing(Pointer(True), items[::2])
+
+
+def test_captions_that_name_neither_thing_are_refused(items):
+    silent = Pointer(True)
+    silent.caption = lambda pictures, alternatives: [
+        Caption(("hm",), (0.0, 0.0), np.full((1, 2, 2), 0.25, np.float32), picture) for picture in pictures
+    ]
+    with pytest.raises(ValueError, match="none of 3 captions"):
+        pointing.check_pointing(silent, items, pairs=3)
+
+
+def test_the_default_model_looks_at_what_it_names(flickr8k: Path):
+    items = read_dataset("flickr8k", flickr8k).splits["dev"]
+    found = pointing.check_pointing(Captioner.from_pretrained(), items, pairs=120)
+    assert found.words > 100
+    # 150 tosses of a coin come out at 0.6 or more once in a hundred times.
+    assert found.hits > 0.6
+    assert found.weight > 0.51
