@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-import torchvision
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from captioner import Captioner
 from captioner.attention import MECHANISMS
@@ -409,15 +408,13 @@ def test_the_recipe_for_coco_runs_as_it_is(tmp_path):
             Image.new("RGB", (64, 48), (40 * number, 200 - 40 * number, 90)).save(folder / f"{number}.jpg")
         images = [{"id": number, "file_name": f"{number}.jpg"} for number in numbers]
         captions = [
-            {"id": 9 * n, "image_id": n, "caption": f"a picture of colour {'abcdef'[n]}."}
+            {"id": 9 * n + k, "image_id": n, "caption": f"{k} pictures of colour {'abcdef'[n]}."}
             for n in numbers
-            for _ in range(5)
+            for k in range(5)
         ]
         annotations = json.dumps({"images": images, "annotations": captions})
         (tmp_path / "annotations" / f"captions_{split}2014.json").write_text(annotations)
-    torch.manual_seed(0)
-    weights = tmp_path / "resnet101.safetensors"
-    save_file(torchvision.models.resnet101().state_dict(), weights)
+    weights = tiny.encoder_weights(tmp_path / "resnet101.safetensors", "resnet101")
     flags = ["--config", str(PROJECT / "training" / "recipes" / "coco_resnet101.toml"), "--root", str(tmp_path)]
     flags += ["--encoder-weights", str(weights), "--cache", str(tmp_path / "cache"), "--no-compile", "--workers", "0"]
     flags += ["--epochs", "1", "--finetune-epochs", "1", "--scst-epochs", "1", "--device", "cpu"]

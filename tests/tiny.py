@@ -34,10 +34,10 @@ def draw(root: Path, train: int = 12, dev: int = 6) -> Path:
     return root
 
 
-def encoder_weights(path: Path) -> Path:
-    """Random weights for mobilenet_v2, with the batch-norm statistics that go with them: it tells images apart."""
+def encoder_weights(path: Path, name: str = "mobilenet_v2") -> Path:
+    """Random weights for a torchvision network, with the batch-norm statistics that let it tell images apart."""
     torch.manual_seed(0)
-    network = torchvision.models.mobilenet_v2()
+    network = torchvision.models.get_model(name)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
