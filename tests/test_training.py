@@ -31,7 +31,7 @@ TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 PROJECT = Path(__file__).parents[1]
 STAGES = """--epochs 2 --finetune-epochs 2 --finetune-from features.17 --scst-epochs 2 --scst-encoder-learning-rate 1e-5
---scst-samples 3 --max-length 8 --checkpoint-every 1""".split()
+--scst-samples 3 --scst-search sample --max-length 8 --checkpoint-every 1""".split()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,75 @@
+"""Losses are the papers' equations, term by term."""
+
+import pytest
+import torch
+
+from captioner.decoder import TeacherForced
+from captioner.vocabulary import PAD, START, UNKNOWN
+from training.losses import hard_attention_loss, self_critical_loss, word_log_probabilities
+
+WORDS = 9
+SPECIAL = (PAD, START, UNKNOWN)
+
+
+def result_of(choice: bool = False) -> TeacherForced:
+    """Two images with two captions each, of 2, 3, 2 and no words."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0]]]).bool()
+    alpha = torch.rand(2, 2, 3, 1, 4, generator=generator).softmax(dim=-1) * real[..., None, None]
+    drawn = -torch.rand(2, 2, 3, generator=generator) * real
+    logits = torch.randn(7, WORDS, generator=generator, requires_grad=True)
+    return TeacherForced(logits, torch.tensor([4, 2, 5, 6, 2, 8, 2]), alpha, real, drawn if choice else None)
+
+
+def by_word(output: TeacherForced, excluded=()) -> dict[tuple[int, int, int], torch.Tensor]:
+    """log p of each word by its image, row and step, one at a time."""
+    found = {}
+    for place, logits, target in zip(output.real.nonzero().tolist(), output.logits, output.targets, strict=True):
+        kept = [word for word in range(WORDS) if word not in excluded]
+        found[tuple(place)] = logits[target] - logits[kept].logsumexp(dim=0)
+    return found
+
+
+@pytest.mark.parametrize("excluded", [(), SPECIAL])
+def test_log_probabilities_stand_where_their_words_do(excluded):
+    output = result_of()
+    told = word_log_probabilities(output, excluded)
+    expected = by_word(output, excluded)
+    for place in torch.ones_like(told).nonzero().tolist():
+        assert float(told[tuple(place)].detach()) == pytest.approx(
+            float(torch.as_tensor(expected.get(tuple(place), 0.0)).detach()), abs=1e-6
+        )
+
+
+@pytest.mark.parametrize("choice", [False, True])
+def test_captions_are_made_likelier_by_their_advantage(choice):
+    output = result_of(choice)
+    advantage = torch.tensor([[2.0, -1.0], [0.5, 7.0]])
+    expected = torch.zeros(())
+    for (image, row, step), told in by_word(output, SPECIAL).items():
+        drawn = output.choice[image, row, step] if choice else 0.0
+        expected = expected - advantage[image, row] * (told + drawn) / 4
+    loss = self_critical_loss(output, advantage, captions=4)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    (ours,) = torch.autograd.grad(loss, output.logits)
+    (theirs,) = torch.autograd.grad(expected, output.logits)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_drawn_regions_are_rewarded_by_what_was_told_over_the_baseline():
+    output = result_of(choice=True)
+    expected = torch.zeros(())
+    words = by_word(output)
+    for image in range(2):
+        for row in range(2):
+            own = [(place, told) for place, told in words.items() if place[:2] == (image, row)]
+            surprise = sum(float(told) + 1.5 for _, told in own)
+            expected = expected - surprise * sum(output.choice[place] for place, _ in own) / 7
+            for place, _ in own:
+                weights = output.alpha[place][0]
+                expected = expected + 0.1 * (weights * weights.log()).sum() / 7
+    told = word_log_probabilities(output)
+    assert float(hard_attention_loss(output, told, 7, -1.5, 0.1)) == pytest.approx(float(expected), rel=1e-5)
+    entropy_alone = hard_attention_loss(output, told, 7, None, 0.1)
+    assert float(entropy_alone) < 0
+    assert not hard_attention_loss(output, told, 7, -1.5, 0.1).requires_grad  # words learn by the other loss
