@@ -1,6 +1,11 @@
 """What several test files share."""
 
+import contextlib
 import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,3 +52,24 @@ def flickr8k() -> Path:
     if not root.is_dir():
         pytest.skip(f"Flickr8k is not at {root}; set CAPTIONER_FLICKR8K")
     return root
+
+
+@contextlib.contextmanager
+def run_app(models, **options) -> Iterator[str]:
+    """The demo on a free port of this machine, for as long as the block lasts; its address."""
+    import uvicorn
+
+    from app.server import create
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(create(models, **options), host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(timeout=10)

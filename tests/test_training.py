@@ -223,8 +223,9 @@ def test_a_model_that_was_trained_is_where_another_run_may_start(options, whole,
 
 
 def test_rewarded_captions_earn_more(options, whole, tmp_path):
-    flags = ["--start-from", str(whole), "--scst-epochs", "30", "--epochs", "0", "--finetune-epochs", "0"]
-    flags += ["--scst-learning-rate", "3e-3", "--dropout", "0", "--patience", "99", "--ema-decay", "0.5"]
+    flags = ["--start-from", str(whole), "--scst-epochs", "25", "--epochs", "0", "--finetune-epochs", "0"]
+    flags += ["--scst-search", "sample", "--scst-samples", "16", "--scst-learning-rate", "5e-3", "--max-length", "8"]
+    flags += ["--dropout", "0", "--patience", "99", "--ema-decay", "0.5", "--batch-size", "6"]
     assert main([*options, *flags, "--output", str(tmp_path / "run")]) == 0
     rewards = [float(row["reward"]) for row in history(tmp_path / "run")]
     assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:2])

@@ -1,0 +1,80 @@
+// One step of the decoder in numbers: scores, softmax, context gate, the likeliest next words.
+let at = 0;
+
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+function grid(values, digits, label) {
+  const flat = values.flat();
+  const low = Math.min(...flat);
+  const span = Math.max(...flat) - low || 1;
+  const table = make("table", { "aria-label": label });
+  for (const row of values) {
+    const line = make("tr");
+    for (const value of row) {
+      const share = (value - low) / span;
+      const cell = make("td", {}, value.toFixed(digits));
+      // Never so strong that the number could not be read on it, in light or in dark.
+      cell.style.background = `rgba(249, 115, 22, ${(0.35 * share).toFixed(3)})`;
+      line.append(cell);
+    }
+    table.append(line);
+  }
+  return table;
+}
+
+function bar(name, share, text) {
+  const fill = make("div", { class: "fill" });
+  fill.style.width = `${100 * share}%`;
+  return make("div", { class: "row" }, make("span", {}, name), make("div", { class: "track" }, fill), make("span", { class: "number" }, text));
+}
+
+function render() {
+  const root = element.querySelector(".steps");
+  if (!root) return;
+  const steps = props.value && props.value.steps;
+  if (!steps) {
+    root.replaceChildren(make("p", { class: "hint" }, "Caption a photo on the first tab; its numbers appear here."));
+    return;
+  }
+  at = Math.min(at, steps.length - 1);
+  const shown = make("div");
+  const slider = make("input", {
+    type: "range", min: 0, max: steps.length - 1, step: 1, value: at, "aria-label": "Which word",
+    oninput: () => { at = Number(slider.value); show(); },
+  });
+  function show() {
+    const step = steps[at];
+    slider.setAttribute("aria-valuetext", step.word);
+    const sentence = make("p", { class: "now" });
+    steps.forEach((each, number) => sentence.append(number === at ? make("mark", {}, each.word) : each.word, " "));
+    const left = make("div");
+    if (step.scores) {
+      left.append(make("h3", {}, "1. Scores"), make("p", {}, "How well each region answers the decoder's state h."), grid(step.scores, 1, "Scores"));
+    }
+    left.append(
+      make("h3", {}, `${step.scores ? 2 : 1}. Weights alpha, in percent`),
+      make("p", {}, "Softmax makes the scores positive, and 100 together."),
+      grid(step.weights.map((row) => row.map((value) => 100 * value)), 1, "Attention weights in percent"),
+    );
+    const right = make("div");
+    if (step.beta !== null) {
+      right.append(make("h3", {}, "3. Context gate beta"), make("p", {}, "How much of what is seen is let in for this word."), bar("beta", step.beta, step.beta.toFixed(2)));
+    }
+    right.append(make("h3", {}, "4. Next word"), make("p", {}, "The likeliest words and their probabilities."));
+    for (const { word, probability } of step.candidates) right.append(bar(word, probability, `${(100 * probability).toFixed(1)} %`));
+    shown.replaceChildren(sentence, make("div", { class: "columns" }, left, right));
+  }
+  show();
+  root.replaceChildren(slider, shown);
+}
+
+watch("value", () => { at = 0; render(); });
+render();

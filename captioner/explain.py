@@ -1,0 +1,90 @@
+"""The numbers behind a caption, one step at a time: for people who learn or teach attention."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from captioner.api import Caption, Captioner
+from captioner.images import ImageSource, load_image
+from captioner.search import allowed
+from captioner.vocabulary import START
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What happened before one word was said.
+
+    Attributes:
+        word: the word; `<end>` for the end of the sentence.
+        scores: float32 (rows, columns), how well each region answered, before softmax; None where there are several
+            heads, or none of the regions is scored.
+        weights: float32 (rows, columns), alpha, the mean over the heads; sums to 1.
+        beta: how far the context vector was let in, 0 to 1; None where the decoder has no such gate.
+        candidates: the likeliest next words and their probabilities, the likeliest first.
+    """
+
+    word: str
+    scores: np.ndarray | None
+    weights: np.ndarray
+    beta: float | None
+    candidates: tuple[tuple[str, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "word": self.word,
+            "scores": None if self.scores is None else self.scores.tolist(),
+            "weights": self.weights.tolist(),
+            "beta": self.beta,
+            "candidates": [{"word": word, "probability": probability} for word, probability in self.candidates],
+        }
+
+
+@torch.inference_mode()
+def explain(captioner: Captioner, image: ImageSource, caption: Caption, candidates: int = 8) -> list[Explanation]:
+    """The numbers of each step as the model says the words of a caption.
+
+    Args:
+        captioner: the model.
+        image: the photograph.
+        caption: the words to be said, usually the model's own.
+        candidates: how many of the likeliest words are named at each step.
+
+    Returns:
+        One for each word and one for the end of the sentence.
+
+    Raises:
+        ImageError: the image cannot be read.
+    """
+    model, words = captioner.model, captioner.vocabulary.words
+    decoder: Any = model.decoder  # whichever it is, it has the same methods
+    grid = model.config.grid
+    said = [*captioner.vocabulary.encode(caption.words)[1:]]
+    scene = decoder.look(model.annotate(captioner.preprocessing([load_image(image)]).to(model.device)))
+    state = decoder.initial_state(scene, rows=1)
+    scored = model.config.decoder == "lstm" and model.config.attention in ("additive", "dot", "scaled_dot")
+    before = torch.empty(1, 1, 0, dtype=torch.long, device=model.device)
+    last = torch.full((1, 1), START, device=model.device)
+    steps = []
+    for index in said:
+        scores = decoder.attention.scores(state.hidden, scene.keys) if scored else None
+        step = decoder.step(scene, state, last)
+        probabilities = allowed(step.logits, before, 0).softmax(dim=-1)[0, 0]
+        best = probabilities.topk(min(candidates, len(words)))
+        steps.append(
+            Explanation(
+                words[index],
+                None if scores is None else scores.view(grid).cpu().numpy(),
+                step.alpha.mean(dim=2).view(grid).cpu().numpy(),
+                None if step.beta is None else float(step.beta),
+                tuple(
+                    (words[choice], probability)
+                    for choice, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                ),
+            )
+        )
+        state, last = step.state, torch.full_like(last, index)
+        before = torch.cat([before, last[..., None]], dim=2)
+    return steps

@@ -1,0 +1,334 @@
+"""The page in a real browser: Debian's Chromium, driven by Playwright."""
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from conftest import PHOTOS, run_app, small_model
+from PIL import Image
+from playwright.sync_api import Page, expect, sync_playwright
+
+from captioner import Captioner
+from captioner.checkpoint import Checkpoint
+from captioner.images import Preprocessing
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync".split()
+PHOTO = PHOTOS / "photographer.jpg"
+# A folder here gets pictures of the page, such as those in the README.
+SCREENSHOTS = os.environ.get("CAPTIONER_SCREENSHOTS")
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")
+
+
+@pytest.fixture(scope="module")
+def default() -> Captioner:
+    return Captioner.from_pretrained()
+
+
+@pytest.fixture(scope="module")
+def url(default):
+    """The page with the default model and one of several heads."""
+    network = small_model(len(default.vocabulary), attention="multi_head", heads=2)
+    network.encoder.load_state_dict(default.model.encoder.state_dict())
+    with torch.no_grad():
+        for part in network.decoder.attention.parameters():
+            part.mul_(8)  # random weights look everywhere alike
+    heads = Captioner(Checkpoint(network, default.vocabulary, Preprocessing(size=(64, 64))))
+    with run_app({"default": default, "heads": heads}, max_upload_mb=2) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser, url):
+    """Opens the page; at the end nothing may have gone wrong in it, and no other host may have been asked."""
+    pages, problems = [], []
+
+    def opened(**options) -> Page:
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True, **options)
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda request: problems.append(request.url) if leaves(request.url, url) else None)
+        page.goto(url)
+        page.wait_for_selector("#photo input[type=file]", state="attached")
+        pages.append(context)
+        return page
+
+    yield opened
+    for context in pages:
+        context.close()
+    assert problems == []
+
+
+def leaves(address: str, url: str) -> bool:
+    return not address.startswith((url, "data:", "blob:"))
+
+
+def upload(page: Page, path: Path = PHOTO) -> None:
+    page.set_input_files("#photo input[type=file]", str(path))
+
+
+def words(page: Page, result: int = 0) -> list[str]:
+    page.wait_for_selector("#viewer .word")
+    return page.locator("#viewer .result").nth(result).locator(".word").all_inner_texts()
+
+
+def picture(page: Page) -> np.ndarray:
+    """What the large canvas shows."""
+    address = page.locator("#viewer .stage canvas").first.evaluate("canvas => canvas.toDataURL('image/png')")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))).convert("RGB")).astype(int)
+
+
+def screenshot(page: Page, name: str) -> None:
+    if SCREENSHOTS:
+        data = page.screenshot(full_page=True)
+        Image.open(io.BytesIO(data)).convert("RGB").save(Path(SCREENSHOTS) / name, quality=82, optimize=True)
+
+
+def test_a_photo_is_captioned_and_each_word_lights_up_what_it_looked_at(open_page, default):
+    page = open_page()
+    upload(page)
+    caption = default.caption(PHOTO, alternatives=2)
+    assert words(page) == list(caption.words)
+    page.mouse.move(2, 2)
+    plain = picture(page)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    shown = {}
+    for number, word in enumerate(caption.words):
+        page.locator("#viewer .word").nth(number).hover()
+        expect(page.locator("#viewer .stage canvas")).to_have_attribute("data-word", word)
+        shown[number] = picture(page)
+        assert np.abs(shown[number] - plain).mean() > 5
+    # The page lights up what the library's own heatmap does.
+    ours = caption.heatmap(1).resize((shown[1].shape[1], shown[1].shape[0]))
+    assert np.abs(shown[1] - np.asarray(ours)).mean() < 6
+    assert np.abs(shown[1] - shown[0]).mean() > 2
+    assert not [address for address in requests if not address.startswith(("data:", "blob:"))]
+    page.mouse.move(2, 2)
+    assert np.array_equal(picture(page), plain)
+    page.locator("#viewer .word").nth(1).hover()
+    screenshot(page, "page.jpg")
+
+
+def test_a_row_of_pictures_an_animation_and_the_other_captions(open_page, default):
+    page = open_page()
+    upload(page)
+    caption = default.caption(PHOTO, alternatives=2)
+    first = words(page)
+    figures = page.locator("#viewer .strip figure")
+    assert figures.all_inner_texts() == first
+    buttons = page.locator("#viewer .others button")
+    assert [text.split("\n")[0] for text in buttons.all_inner_texts()] == [
+        one.sentence() for one in (caption, *caption.alternatives)
+    ]
+    assert f"{round(100 * caption.confidence)} % sure" in buttons.first.inner_text()
+    buttons.nth(1).click()
+    assert words(page) == list(caption.alternatives[0].words)
+    buttons.nth(0).click()
+    page.get_by_role("button", name="Play").click()
+    seen = []
+    for word in caption.words[:3]:
+        expect(page.locator("#viewer .stage canvas")).to_have_attribute("data-word", word)
+        seen.append(word)
+    page.get_by_role("button", name="Stop").click()
+    assert seen == list(caption.words[:3])
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download picture").click()
+    assert Image.open(download.value.path()).width >= caption.image.width
+
+
+def test_the_caption_can_be_copied(open_page, default, url):
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    upload(page)
+    words(page)
+    page.get_by_role("button", name="Copy caption").click()
+    expect(page.locator("#viewer .copy")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == default.caption(PHOTO).sentence()
+
+
+def test_a_sample_picture_is_one_click_away(open_page, default):
+    page = open_page()
+    page.get_by_role("button", name="Astronaut").click()
+    assert words(page) == list(default.caption(PHOTOS / "astronaut.jpg").words)
+
+
+def test_settings_change_the_caption_and_its_looks(open_page, default):
+    page = open_page()
+    upload(page)
+    words(page)
+    expect(page.locator("#viewer .others button")).to_have_count(3)
+    page.get_by_role("button", name="Settings", exact=False).first.click()
+    captions = page.get_by_label("number input for Captions")
+    captions.fill("5")
+    captions.press("Enter")
+    expect(page.locator("#viewer .others button")).to_have_count(5)
+    beams = page.get_by_label("number input for Beam size")
+    captions.fill("1")
+    captions.press("Enter")
+    beams.fill("1")
+    beams.press("Enter")
+    expect(page.locator("#viewer .others button")).to_have_count(0)
+    expect(page.locator("#viewer .word")).to_have_text(list(default.caption(PHOTO, beam_size=1).words))
+    page.locator("#viewer .word").nth(1).click()
+    before = picture(page)
+    page.locator("#viewer .colours").select_option("viridis")
+    page.locator("#viewer .word").nth(1).hover()
+    assert np.abs(picture(page) - before).mean() > 2
+
+
+def test_two_models_side_by_side_and_one_head_at_a_time(open_page):
+    page = open_page()
+    upload(page)
+    words(page)
+    page.get_by_role("button", name="Settings", exact=False).first.click()
+    page.get_by_label("heads").check()
+    expect(page.locator("#viewer .result")).to_have_count(2)
+    assert words(page, 0)
+    assert words(page, 1)
+    assert page.locator("#viewer .head option").all_inner_texts() == ["mean of all heads", "head 1", "head 2"]
+    canvas = page.locator("#viewer .result").nth(1).locator(".strip canvas").first
+    before = canvas.evaluate("canvas => canvas.toDataURL()")
+    page.locator("#viewer .head").select_option("2")
+    assert canvas.evaluate("canvas => canvas.toDataURL()") != before
+
+
+def test_many_photos_with_a_broken_one_among_them(open_page, default, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_text("no picture")
+    paths = [PHOTOS / "cat.jpg", broken, PHOTOS / "astronaut.jpg", PHOTO]
+    page = open_page()
+    page.get_by_role("tab", name="Many photos").click()
+    page.set_input_files("#many input[type=file]", [str(path) for path in paths])
+    expect(page.locator("#many")).to_contain_text("broken")
+    page.get_by_role("button", name="Caption them all").click()
+    button = page.locator("#download-json")
+    expect(button).to_be_enabled(timeout=60_000)
+    table = page.locator("#table")
+    expect(table).to_contain_text("This file is not a picture that can be read.")
+    good = [path for path in paths if path != broken]
+    captions = default.caption(good)
+    for caption in captions:
+        expect(table).to_contain_text(str(caption))
+    files = {}
+    for name in ("json", "csv", "heat"):
+        with page.expect_download() as download:
+            page.locator(f"#download-{name}").click()
+        files[name] = Path(download.value.path()).read_bytes()
+    rows = json.loads(files["json"])
+    assert [row["file"] for row in rows] == [path.name for path in paths]
+    assert [row.get("caption") for row in rows] == [str(captions[0]), None, str(captions[1]), str(captions[2])]
+    assert "not a picture" in rows[1]["error"]
+    assert len(files["csv"].splitlines()) == 5
+    with zipfile.ZipFile(io.BytesIO(files["heat"])) as archive:
+        assert sorted(archive.namelist()) == sorted(path.name for path in good)
+
+
+def test_how_it_works_shows_the_numbers_of_every_step(open_page, default):
+    page = open_page()
+    upload(page)
+    said = words(page)
+    page.get_by_role("tab", name="How it works").click()
+    slider = page.locator("#steps input[type=range]")
+    slider.focus()
+    seen = []
+    for word in [*said, "<end>"]:
+        expect(page.locator("#steps mark")).to_have_text(word)
+        weights = page.get_by_label("Attention weights in percent").locator("td").all_inner_texts()
+        assert sum(map(float, weights)) == pytest.approx(100, abs=3)
+        seen.append(page.locator("#steps").inner_text())
+        page.keyboard.press("ArrowRight")
+    assert len(set(seen)) == len(seen)
+    assert re.search(r"beta\s+0\.\d\d", seen[0])
+    slider.press("Home")
+    slider.press("ArrowRight")
+    screenshot(page, "steps.jpg")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("text.jpg", b"no picture", "not a picture that can be read"),
+        ("empty.jpg", b"", "This file is empty"),
+    ],
+)
+def test_what_is_no_photo_gets_a_sentence(open_page, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    page = open_page()
+    upload(page, path)
+    expect(page.get_by_role("alert")).to_contain_text(message)
+    upload_again = page.get_by_label("Remove Image").or_(page.get_by_label("Clear"))
+    upload_again.first.click()
+    upload(page)
+    assert words(page)
+
+
+def test_words_can_be_reached_and_lit_from_the_keyboard(open_page):
+    page = open_page()
+    upload(page)
+    said = words(page)
+    page.locator("#viewer .word").first.focus()
+    canvas = page.locator("#viewer .stage canvas")
+    for word in said:
+        expect(canvas).to_have_attribute("data-word", word)
+        assert word in canvas.get_attribute("aria-label")
+        page.keyboard.press("Tab")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_no_serious_barrier_on_any_tab(open_page, scheme):
+    page = open_page(color_scheme=scheme)
+    upload(page)
+    words(page)
+    for tab in ("One photo", "Many photos", "How it works"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
+        serious = [
+            f"{violation['id']}: {violation['help']} {[node['target'] for node in violation['nodes']][:3]}"
+            for violation in found
+            if violation["impact"] in ("serious", "critical")
+        ]
+        assert serious == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone(open_page, scheme):
+    page = open_page(color_scheme=scheme)
+    page.set_viewport_size({"width": 375, "height": 800})
+    upload(page)
+    words(page)
+    for tab in ("How it works", "One photo"):
+        choose_tab(page, tab)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = np.mean([int(part) for part in re.findall(r"\d+", background)[:3]])
+    assert (brightness < 80) == (scheme == "dark")
+    screenshot(page, f"phone-{scheme}.jpg")
+
+
+def choose_tab(page: Page, name: str) -> None:
+    tab = page.get_by_role("tab", name=name)
+    if not tab.is_visible():
+        page.locator(".overflow-menu > button").click()
+    page.get_by_role("tab", name=name).or_(page.locator(".overflow-dropdown button", has_text=name)).first.click()
