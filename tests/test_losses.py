@@ -63,8 +63,9 @@ def test_drawn_regions_are_rewarded_by_what_was_told_over_the_baseline():
     for image in range(2):
         for row in range(2):
             own = [(place, told) for place, told in words.items() if place[:2] == (image, row)]
-            surprise = sum(float(told) + 1.5 for _, told in own)
-            expected = expected - surprise * sum(output.choice[place] for place, _ in own) / 7
+            for place, _ in own:
+                to_come = sum(float(told.detach()) + 1.5 for later, told in own if later[2] >= place[2])
+                expected = expected - to_come * output.choice[place] / 7
             for place, _ in own:
                 weights = output.alpha[place][0]
                 expected = expected + 0.1 * (weights * weights.log()).sum() / 7

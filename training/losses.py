@@ -51,10 +51,11 @@ def hard_attention_loss(
 ) -> Tensor:
     """What `hard` attention learns from (Xu et al. 2015, equation 11 and what follows it).
 
-        L = - sum_captions (log p(y | s) - b) * sum_t log alpha_t(s_t) / words  -  lambda_e * sum_t H[alpha_t] / words
+        L = - sum_t (sum_{t' >= t} log p(y_t' | s) - b) * log alpha_t(s_t) / words - lambda_e * sum_t H[alpha_t] / words
 
-    with s_t the regions that were drawn and b the moving average of what a caption of that length was worth so
-    far. Its gradient is in expectation that of log p(y | s) through the draws, which have none of their own; the
+    with s_t the regions that were drawn and b the moving average of what so many words were worth so far. A region
+    is answerable for the words from its own on: it cannot have changed those before, which would only add noise.
+    The gradient is in expectation that of log p(y | s) through the draws, which have none of their own; the
     gradient through the words is that of `caption_loss`, to which this is added.
 
     Args:
@@ -66,8 +67,8 @@ def hard_attention_loss(
     """
     assert output.choice is not None, "only hard attention draws regions"
     surprise = (told.detach() - (baseline or 0.0)) * output.real
-    advantage = surprise.sum(dim=2) if baseline is not None else torch.zeros_like(surprise[..., 0])
-    reinforce = (advantage * output.choice.sum(dim=2)).sum()
+    to_come = surprise.flip(2).cumsum(dim=2).flip(2) if baseline is not None else torch.zeros_like(surprise)
+    reinforce = (to_come * output.choice).sum()
     spread = -torch.special.xlogy(output.alpha, output.alpha.clamp(min=1e-30)).sum()
     return -(reinforce + entropy * spread) / max(words, 1)
 
