@@ -27,6 +27,8 @@ PHOTO = PHOTOS / "photographer.jpg"
 # A folder here gets pictures of the page, such as those in the README.
 SCREENSHOTS = os.environ.get("CAPTIONER_SCREENSHOTS")
 
+expect.set_options(timeout=20_000)  # slow machines are no failures
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")
 
 
@@ -229,6 +231,7 @@ def test_many_photos_with_a_broken_one_among_them(open_page, default, tmp_path):
     captions = default.caption(good)
     for caption in captions:
         expect(table).to_contain_text(str(caption))
+    screenshot(page, "many.jpg")
     files = {}
     for name in ("json", "csv", "heat"):
         with page.expect_download() as download:
