@@ -29,8 +29,8 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 # The footer in the colour of the text, which can be read on its ground; samples as large as pictures.
 CSS = """
 footer *, .or { color: var(--body-text-color) !important }
-.sample { flex-direction: column; height: auto }
-.sample img { width: 100%; height: 4.5rem; object-fit: cover; border-radius: 4px; margin: 0 }
+.sample { flex-direction: column; height: auto; padding: .4rem; font-size: .8rem; min-width: 0 !important }
+.sample img { width: 100%; max-width: 7rem; height: 4.5rem; object-fit: cover; border-radius: 4px; margin: 0 }
 """
 PROGRESS = gr.Progress()  # Gradio puts the request's own in its place
 
@@ -181,7 +181,7 @@ def build(
                     files = [samples / name for name in SAMPLES if samples and (samples / name).is_file()]
                     with gr.Row():
                         for file in files:
-                            sample = gr.Button(file.stem.capitalize(), icon=file, min_width=90, elem_classes="sample")
+                            sample = gr.Button(file.stem.capitalize(), icon=file, min_width=70, elem_classes="sample")
                             sample.click(partial(str, file), None, photo, api_visibility="private", queue=False)
                     with gr.Accordion("Settings", open=False):
                         chosen = gr.CheckboxGroup(
@@ -213,6 +213,7 @@ def build(
                     label="Captions",
                     interactive=False,
                     wrap=True,
+                    column_widths=["20%", "40%", "14%", "26%"],
                     elem_id="table",
                 )
                 gallery = gr.Gallery(

@@ -160,7 +160,7 @@ function result(one, alone) {
   if (!alone) node.append(make("p", { class: "model" }, one.model));
   node.append(words, make("div", { class: "stage" }, canvas), make("div", { class: "bar" }, play, copy, download));
   node.append(make("h3", {}, "Where it looked, word by word"), strip);
-  if (one.captions.length > 1) node.append(make("h3", {}, "Other captions it thought of"), others);
+  if (one.captions.length > 1) node.append(make("h3", {}, "The captions it thought of"), others);
   photo.onload = () => choose(0);
   photo.src = one.photo;
   return { node, redraw: () => photo.complete && choose(chosen) };
