@@ -210,7 +210,7 @@ class Captioner:
         beam_size: int = 5,
         alternatives: int | None = None,
         max_length: int = MAX_LENGTH,
-        length_penalty: float = 0.7,
+        length_penalty: float = 1.0,
         block_ngrams: int = 2,
         temperature: float | None = None,
         top_p: float | None = None,

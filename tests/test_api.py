@@ -221,7 +221,7 @@ def test_the_model_in_the_package_captions_the_sample_photos():
     captions = caption(PATHS, beam_size=5)
     for found in captions:
         assert 4 <= len(found.words) <= 20
-        assert found.attention.shape == (len(found.words), 7, 7)
+        assert found.attention.shape == (len(found.words), 9, 9)
         assert 0.05 < found.confidence < 1
     assert len({str(found) for found in captions}) == len(PATHS)
     people = {"man", "woman", "boy", "girl", "person", "child"}
@@ -232,8 +232,10 @@ def test_the_model_in_the_package_captions_the_sample_photos():
 def test_the_model_in_the_package_is_small_and_says_what_it_is_worth():
     assert sum(path.stat().st_size for path in PRETRAINED.iterdir() if path.is_file()) <= 30e6
     about = Captioner.from_pretrained().about
-    assert about["dev"]["scores"]["BLEU-4"] >= 0.205
-    assert about["dev"]["scores"]["CIDEr"] >= 0.50
+    # The better of the paper's two on each score, soft or hard attention.
+    paper = {"BLEU-1": 0.67, "BLEU-2": 0.457, "BLEU-3": 0.314, "BLEU-4": 0.213, "METEOR": 0.203}
+    for name, theirs in paper.items():
+        assert about["dev"]["scores"][name] > theirs
     assert about["command"].startswith("python -m training.train")
 
 

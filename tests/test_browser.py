@@ -147,12 +147,12 @@ def test_a_row_of_pictures_an_animation_and_the_other_captions(open_page, defaul
     buttons.nth(1).click()
     assert words(page) == list(caption.alternatives[0].words)
     buttons.nth(0).click()
-    page.get_by_role("button", name="Play").click()
+    page.get_by_role("button", name="Play", exact=True).click()
     seen = []
     for word in caption.words[:3]:
         expect(page.locator("#viewer .stage canvas")).to_have_attribute("data-word", word)
         seen.append(word)
-    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("button", name="Stop", exact=True).click()
     assert seen == list(caption.words[:3])
     with page.expect_download() as download:
         page.get_by_role("button", name="Download picture").click()
