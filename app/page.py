@@ -1,8 +1,8 @@
 """The page: one photo, many photos, and how it works; and the same functions as an API."""
 
 import tempfile
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,11 @@ def build(
     """
     names = list(service.models)
     tables = {name: colour_table(name).astype(int).tolist() for name in ANCHORS}
-    lock = threading.Semaphore(concurrency)
+    # The network always runs in the same few threads: each that ever ran it keeps memory of its own.
+    workers = ThreadPoolExecutor(concurrency, thread_name_prefix="captions")
 
     def answer(paths: list[str | None], settings: list[Settings]) -> list[Caption | str]:
-        with lock:
-            return service.caption(list(zip(paths, settings, strict=True)))
+        return workers.submit(service.caption, list(zip(paths, settings, strict=True))).result()
 
     def caption_page(path: list[str | None], chosen: list[list[str]], *options: list[Any]) -> list[list[Any]]:
         """What many people asked for at the same time, as the viewer and the table of steps show it."""
@@ -80,7 +80,7 @@ def build(
             elif "error" not in views[person]:
                 views[person].setdefault("results", []).append({"model": name, **view(one)})
                 if not steps[person]:
-                    steps[person] = {"steps": service.explain(one, name)}
+                    steps[person] = {"steps": workers.submit(service.explain, one, name).result()}
         return [views, steps]
 
     def caption(
