@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from app.service import Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
+from app.service import Refused, Service, Settings, as_csv, as_json, as_zip, return_memory, settings_of, view
 from captioner import Caption
 from captioner.heatmap import ANCHORS, colour_table
 
@@ -59,7 +59,9 @@ def build(
     workers = ThreadPoolExecutor(concurrency, thread_name_prefix="captions")
 
     def answer(paths: list[str | None], settings: list[Settings]) -> list[Caption | str]:
-        return workers.submit(service.caption, list(zip(paths, settings, strict=True))).result()
+        found = workers.submit(service.caption, list(zip(paths, settings, strict=True))).result()
+        return_memory()
+        return found
 
     def caption_page(path: list[str | None], chosen: list[list[str]], *options: list[Any]) -> list[list[Any]]:
         """What many people asked for at the same time, as the viewer and the table of steps show it."""
