@@ -98,7 +98,7 @@ class AdditiveAttention(Attention):
     def scores(self, hidden: Tensor, keys: Tensor) -> Tensor:
         """v . tanh(W a_i + U h), (images, rows, regions)."""
         query = self.U(hidden)
-        return self.v(torch.tanh(keys[:, None, :, :] + query[:, :, None, :])).squeeze(-1)
+        return self.v((keys[:, None, :, :] + query[:, :, None, :]).tanh_()).squeeze(-1)
 
 
 class HardAttention(AdditiveAttention):

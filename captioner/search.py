@@ -172,7 +172,7 @@ def sample(
         seeds = [seed] if isinstance(seed, int) else seed
         drawn = [torch.rand(samples, max_length, generator=torch.Generator().manual_seed(one)) for one in seeds]
         chances = torch.stack(drawn).expand(annotations.shape[0], -1, -1)
-    chances = chances.to(annotations)
+    chances = chances.to(annotations.device)  # not in a shorter type, where they could round to 1
 
     for t in range(max_length):
         step = decoder.step(scene, state, said)

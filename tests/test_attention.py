@@ -173,7 +173,8 @@ def toy_output(attention, annotations, hidden):
 def toy_loss(output, baseline, entropy=0.0):
     images = len(output.targets)
     told = word_log_probabilities(output).detach()
-    return caption_loss(output, images, images, 0.0, 0.0) + hard_attention_loss(output, told, images, baseline, entropy)
+    hard = hard_attention_loss(output, told, images, baseline, 1.0, entropy)
+    return caption_loss(output, images, images, 0.0, 0.0) + hard
 
 
 @pytest.mark.parametrize("baseline", [0.0, -1.5])

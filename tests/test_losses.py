@@ -56,7 +56,8 @@ def test_captions_are_made_likelier_by_their_advantage(choice):
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_drawn_regions_are_rewarded_by_what_was_told_over_the_baseline():
+@pytest.mark.parametrize("reinforce", [1.0, 0.1])
+def test_drawn_regions_are_rewarded_by_what_was_told_over_the_baseline(reinforce):
     output = result_of(choice=True)
     expected = torch.zeros(())
     words = by_word(output)
@@ -65,12 +66,13 @@ def test_drawn_regions_are_rewarded_by_what_was_told_over_the_baseline():
             own = [(place, told) for place, told in words.items() if place[:2] == (image, row)]
             for place, _ in own:
                 to_come = sum(float(told.detach()) + 1.5 for later, told in own if later[2] >= place[2])
-                expected = expected - to_come * output.choice[place] / 7
+                expected = expected - reinforce * to_come * output.choice[place] / 7
             for place, _ in own:
                 weights = output.alpha[place][0]
                 expected = expected + 0.1 * (weights * weights.log()).sum() / 7
     told = word_log_probabilities(output)
-    assert float(hard_attention_loss(output, told, 7, -1.5, 0.1)) == pytest.approx(float(expected), rel=1e-5)
-    entropy_alone = hard_attention_loss(output, told, 7, None, 0.1)
+    loss = hard_attention_loss(output, told, 7, -1.5, reinforce, 0.1)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    entropy_alone = hard_attention_loss(output, told, 7, None, reinforce, 0.1)
     assert float(entropy_alone) < 0
-    assert not hard_attention_loss(output, told, 7, -1.5, 0.1).requires_grad  # words learn by the other loss
+    assert not loss.requires_grad  # words learn by the other loss

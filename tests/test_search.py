@@ -236,6 +236,20 @@ def test_the_same_seed_draws_the_same_captions(decoder, annotations):
     assert one.shape != other.shape or not torch.equal(one, other)
 
 
+def test_a_drawn_caption_that_has_ended_says_no_more_in_any_precision(decoder, annotations, monkeypatch):
+    def chances(samples, steps, generator):
+        drawn = torch.full((samples, steps), 1 - 2**-20)  # with fewer digits this is 1, which lies beyond every word
+        drawn[0, 1] = 0.0  # the first word that may come, which is the end
+        return drawn
+
+    monkeypatch.setattr(torch, "rand", chances)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample(decoder, annotations.bfloat16(), samples=2, seed=1)
+    ended = (found.words == END).cumsum(dim=2).bool()
+    assert ended.any()
+    assert (found.words[..., 1:][ended[..., :-1]] == PAD).all()
+
+
 def test_without_a_seed_images_draw_independently(decoder, annotations):
     twice = annotations[:1].expand(40, -1, -1)
     assert len({tuple(row) for row in sample(decoder, twice).words[:, 0].tolist()}) > 10

@@ -60,9 +60,16 @@ class ImageSource:
     """Photographs from the disk, augmented in training, the same way whenever the same epoch comes again."""
 
     def __init__(
-        self, items: Sequence[CaptionedImage], preprocessing: Preprocessing, augment: bool, seed: int = 0
+        self,
+        items: Sequence[CaptionedImage],
+        preprocessing: Preprocessing,
+        augment: bool,
+        seed: int = 0,
+        crop_area: float = 0.6,
+        colour_change: float = 0.2,
     ) -> None:
         self.items, self.preprocessing, self.augment, self.seed = items, preprocessing, augment, seed
+        self.crop_area, self.colour_change = crop_area, colour_change
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         """Normalised images, (batch, 3, rows, columns)."""
@@ -74,7 +81,8 @@ class ImageSource:
         if not self.augment:
             return image
         chance = random.Random(f"{self.seed} {epoch} {index}")
-        return augment(image, self.preprocessing.size, names_no_side(self.items[index].captions), chance)
+        may_flip = names_no_side(self.items[index].captions)
+        return augment(image, self.preprocessing.size, may_flip, chance, self.crop_area, self.colour_change)
 
 
 def names_no_side(captions: Sequence[str]) -> bool:
@@ -82,15 +90,24 @@ def names_no_side(captions: Sequence[str]) -> bool:
     return not any(re.search(r"\b(left|right)\b", caption, re.IGNORECASE) for caption in captions)
 
 
-def augment(image: Image.Image, size: tuple[int, int], may_flip: bool, chance: random.Random) -> Image.Image:
-    """A random crop of at least 60 % of the area, maybe mirrored, with its light and colours a little changed.
+def augment(
+    image: Image.Image,
+    size: tuple[int, int],
+    may_flip: bool,
+    chance: random.Random,
+    crop_area: float = 0.6,
+    colour_change: float = 0.2,
+) -> Image.Image:
+    """A random crop, maybe mirrored, with its light and colours a little changed.
 
     Args:
         size: rows and columns of the result.
         may_flip: whether the image may be mirrored left to right.
         chance: where the randomness comes from.
+        crop_area: smallest share of the area that is kept.
+        colour_change: brightness, contrast and saturation are multiplied by 1 plus or minus at most this.
     """
-    share, stretch = chance.uniform(0.6, 1.0), chance.uniform(0.85, 1.18)
+    share, stretch = chance.uniform(crop_area, 1.0), chance.uniform(0.85, 1.18)
     width = min(image.width, image.width * (share * stretch) ** 0.5)
     height = min(image.height, image.height * (share / stretch) ** 0.5)
     left, top = chance.uniform(0, image.width - width), chance.uniform(0, image.height - height)
@@ -98,7 +115,7 @@ def augment(image: Image.Image, size: tuple[int, int], may_flip: bool, chance: r
     if may_flip and chance.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = change(image).enhance(chance.uniform(0.8, 1.2))
+        image = change(image).enhance(chance.uniform(1 - colour_change, 1 + colour_change))
     return image
 
 

@@ -61,6 +61,8 @@ class TrainConfig:
     encoder_learning_rate: float = option(1e-4, "stage two: peak learning rate of the encoder")
     finetune_from: str = option("", "stage two: first block of the encoder to tune, such as features.4; empty: all")
     augment: bool = option(True, "stage two: random crops, flips (never where a caption says left or right), colours")
+    crop_area: float = option(0.6, "smallest share of an image's area that augmentation keeps")
+    colour_change: float = option(0.2, "largest relative change of light and colours in augmentation")
     scst_epochs: int = option(0, "stage three: epochs of self-critical training on CIDEr-D")
     scst_learning_rate: float = option(1e-4, "stage three: peak learning rate of the decoder")
     scst_encoder_learning_rate: float = option(0.0, "stage three: peak learning rate of the encoder; 0: frozen")
@@ -74,6 +76,7 @@ class TrainConfig:
     clip_norm: float = option(5.0, "gradients are scaled down to this norm")
     label_smoothing: float = option(0.1, "probability spread over all words in the targets")
     doubly_stochastic: float = option(0.005, "weight of the doubly stochastic attention term, lambda in the paper")
+    hard_reinforce: float = option(0.1, "weight of hard attention's REINFORCE term, lambda_r in the paper")
     hard_entropy: float = option(0.01, "weight of the entropy of hard attention, lambda_e in the paper")
     ema_decay: float = option(0.998, "decay of the moving average of the weights, which is what is scored and saved")
 
@@ -83,7 +86,7 @@ class TrainConfig:
 
     seed: int = option(0, "decides the initial weights, the order of the images, dropout and augmentation")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
-    precision: str = option("auto", "of the encoder; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
+    precision: str = option("auto", "of the network in training; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
     compile: bool = option(False, "compile the encoder with torch.compile, for long runs")
     workers: int = option(2, "processes that load images in stage two; 0: none")
     checkpoint_every: int = option(500, "steps between checkpoints within an epoch; one follows every epoch")

@@ -47,30 +47,32 @@ def word_log_probabilities(output: TeacherForced, excluded: tuple[int, ...] = ()
 
 
 def hard_attention_loss(
-    output: TeacherForced, told: Tensor, words: int, baseline: float | None, entropy: float
+    output: TeacherForced, told: Tensor, words: int, baseline: float | None, reinforce: float, entropy: float
 ) -> Tensor:
     """What `hard` attention learns from (Xu et al. 2015, equation 11 and what follows it).
 
-        L = - sum_t (sum_{t' >= t} log p(y_t' | s) - b) * log alpha_t(s_t) / words - lambda_e * sum_t H[alpha_t] / words
+        L = - lambda_r * sum_t (sum_{t' >= t} log p(y_t' | s) - b) * log alpha_t(s_t) / words
+            - lambda_e * sum_t H[alpha_t] / words
 
     with s_t the regions that were drawn and b the moving average of what so many words were worth so far. A region
     is answerable for the words from its own on: it cannot have changed those before, which would only add noise.
-    The gradient is in expectation that of log p(y | s) through the draws, which have none of their own; the
-    gradient through the words is that of `caption_loss`, to which this is added.
+    The draws have no gradient of their own: this one stands for it; the gradient through the words is that of `caption_loss`, to which this is added.
 
     Args:
         output: what the model gave, with `choice`.
         told: (images, rows, steps), log p of each word, from `word_log_probabilities`; taken as it is.
         words: words in the whole batch, over all processes.
         baseline: moving average of a word's log-probability; None at the first step, which only fills it.
+        reinforce: lambda_r. At 1 the gradient is in expectation that of log p(y | s); so noisy a gradient
+            drowns that of the words unless it is made smaller.
         entropy: lambda_e.
     """
     assert output.choice is not None, "only hard attention draws regions"
     surprise = (told.detach() - (baseline or 0.0)) * output.real
     to_come = surprise.flip(2).cumsum(dim=2).flip(2) if baseline is not None else torch.zeros_like(surprise)
-    reinforce = (to_come * output.choice).sum()
+    chosen = (to_come * output.choice).sum()
     spread = -torch.special.xlogy(output.alpha, output.alpha.clamp(min=1e-30)).sum()
-    return -(reinforce + entropy * spread) / max(words, 1)
+    return -(reinforce * chosen + entropy * spread) / max(words, 1)
 
 
 def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) -> Tensor:

@@ -89,7 +89,9 @@ def plan(
 ) -> list[Stage]:
     """The stages that the config asks for, with where their images come from."""
     photographs = (
-        ImageSource(train_items, preprocessing, config.augment, config.seed),
+        ImageSource(
+            train_items, preprocessing, config.augment, config.seed, config.crop_area, config.colour_change
+        ),
         ImageSource(dev_items, preprocessing, augment=False),
     )
     stages = []

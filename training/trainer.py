@@ -269,12 +269,16 @@ class Trainer:
         """This process's share of the loss on people's captions, and the sum of their words' log-probabilities."""
         config, device = self.config, self.distributed.device
         images, captions = (part.to(device, non_blocking=True) for part in (batch.images, batch.captions))
-        output = parallel(images, captions)
+        with self.quick():
+            output = parallel(images, captions)
+        output = output._replace(logits=output.logits.float())
         loss = caption_loss(output, batch.words, batch.whole, config.label_smoothing, config.doubly_stochastic)
         if output.choice is None:
             return loss, loss.new_zeros(())
         told = word_log_probabilities(output).detach()
-        hard = hard_attention_loss(output, told, batch.words, self.progress.baseline, config.hard_entropy)
+        hard = hard_attention_loss(
+            output, told, batch.words, self.progress.baseline, config.hard_reinforce, config.hard_entropy
+        )
         return loss + hard, told.sum()
 
     def self_critical(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
@@ -285,7 +289,10 @@ class Trainer:
             with torch.set_grad_enabled(stage.train_from is not None):
                 images = self.model.encoder(images)
         captions, rewards, advantage = self.draw(images.detach(), batch.indices)
-        loss = self_critical_loss(parallel(images, captions), advantage, batch.size * captions.shape[1])
+        with self.quick():
+            output = parallel(images, captions)
+        output = output._replace(logits=output.logits.float())
+        loss = self_critical_loss(output, advantage, batch.size * captions.shape[1])
         return loss, rewards.mean(dim=1).sum().to(loss)
 
     def draw(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,18 +307,17 @@ class Trainer:
         seeds = [hash((config.seed, progress.stage, progress.step, index)) % 2**63 for index in indices]
         model.eval()
         model.decoder.remember_words()
-        with torch.no_grad():
-            annotations = model.annotate(images)
-        if config.scst_search == "beam":
-            drawn = beam_search(model.decoder, annotations, beam_size=config.scst_samples, max_length=config.max_length)
-        else:
-            drawn = sample(
-                model.decoder, annotations, samples=config.scst_samples, max_length=config.max_length, seed=seeds
-            )
+        decoder, length = model.decoder, config.max_length
         greedy = None
-        if config.scst_baseline == "greedy":
-            likeliest = beam_search(model.decoder, annotations, beam_size=1, max_length=config.max_length).words
-            greedy = self.rewards(reward, indices, likeliest)[:, 0]
+        with torch.no_grad(), self.quick():
+            annotations = model.annotate(images)
+            if config.scst_search == "beam":
+                drawn = beam_search(decoder, annotations, beam_size=config.scst_samples, max_length=length)
+            else:
+                drawn = sample(decoder, annotations, samples=config.scst_samples, max_length=length, seed=seeds)
+            if config.scst_baseline == "greedy":
+                likeliest = beam_search(decoder, annotations, beam_size=1, max_length=length).words
+                greedy = self.rewards(reward, indices, likeliest)[:, 0]
         rewards = self.rewards(reward, indices, drawn.words)
         advantage = advantages(rewards, greedy)
         model.train()
@@ -320,6 +326,11 @@ class Trainer:
         start = torch.full_like(drawn.words[..., :1], START)
         captions = torch.cat([start, gather_rows(drawn.words, order)], dim=2)
         return captions, rewards, gather_rows(advantage.to(captions.device), order)
+
+    def quick(self) -> torch.autocast:
+        """Within it the decoder computes in the encoder's type, where that is a shorter one."""
+        kind = self.model.encoder.autocast_dtype
+        return torch.autocast(self.distributed.device.type, kind, enabled=kind is not None)
 
     def rewards(self, reward: CiderD, indices: Sequence[int], words: Tensor) -> Tensor:
         """CIDEr-D of captions (images, rows, steps), the end of the sentence counted as a word."""
