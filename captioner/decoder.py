@@ -159,7 +159,9 @@ class AttentionLSTM(nn.Module):
         state, seen, beta = self.advance(scene, state, word_gates)
         return Step(self.predict(embedded, state.hidden, seen.context), state, seen.alpha, beta)
 
-    def forward(self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None) -> TeacherForced:
+    def forward(
+        self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None, inputs: Tensor | None = None
+    ) -> TeacherForced:
         """Read whole captions, each word predicted from the true ones before it.
 
         Args:
@@ -167,9 +169,11 @@ class AttentionLSTM(nn.Module):
             captions: (images, rows, length) ids: `START`, words, `END`, then `PAD`; all `PAD` for a missing row.
                 Fewest steps are wasted where each image's captions run from the longest to the shortest.
             mask: (images, regions), True where a region is real; None where all are.
+            inputs: (images, rows, length), read in place of `captions`, which are still what is to be said.
         """
         scene = self.look(annotations, mask)
-        inputs, targets = captions[..., :-1], captions[..., 1:]
+        inputs = (captions if inputs is None else inputs)[..., :-1]
+        targets = captions[..., 1:]
         real = targets != PAD
         # At each step only the rows that still have a word to say, in any image, are computed.
         rows_left = [int(rows) for rows in real.flip(1).cummax(dim=1)[0].any(dim=0).sum(dim=0)]

@@ -238,9 +238,12 @@ class TransformerDecoder(nn.Module):
         x, presents, alpha, _ = self.read(scenes, words[..., None], state.keys_values)
         return Step(self.predict(x[:, :, 0]), Past(torch.stack(presents, dim=2)), alpha[:, :, 0], None)
 
-    def forward(self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None) -> TeacherForced:
+    def forward(
+        self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None, inputs: Tensor | None = None
+    ) -> TeacherForced:
         """Read whole captions, all words at once; see `AttentionLSTM.forward`."""
-        inputs, targets = captions[..., :-1], captions[..., 1:]
+        inputs = (captions if inputs is None else inputs)[..., :-1]
+        targets = captions[..., 1:]
         real = targets != PAD
         x, _, alpha, choice = self.read(self.look(annotations, mask), inputs, None)
         if choice is not None:

@@ -93,6 +93,16 @@ def test_logits_weights_and_all_gradients_are_those_of_the_equations(tied, maske
         assert torch.allclose(one, other, atol=1e-10), name
 
 
+def test_other_words_may_be_read_than_are_to_be_said():
+    net = decoder()
+    annotations, captions, mask = batch(masked=True)
+    others = torch.where(captions >= 4, (captions - 4 + 3) % (WORDS - 4) + 4, captions)
+    result = net(annotations, captions, mask, inputs=others)
+    logits, _ = by_the_equations(net, annotations, others, mask)
+    assert torch.allclose(result.logits, logits, atol=1e-12)
+    assert torch.equal(result.targets, net(annotations, captions, mask).targets)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_are_those_of_finite_differences(tied):
     net = decoder(tied)

@@ -1,5 +1,6 @@
 """Training learns, and neither a crash, nor a full disk, nor another number of processes changes what it computes."""
 
+import contextlib
 import csv
 import errno
 import json
@@ -9,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import small_model
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,6 +24,7 @@ from captioner import Captioner
 from captioner.attention import MECHANISMS
 from captioner.encoder import Encoder
 from captioner.images import Preprocessing
+from captioner.vocabulary import END, PAD, SPECIAL, START
 from training import trainer
 from training.datasets import read_dataset
 from training.distributed import Distributed
@@ -213,6 +217,28 @@ def test_every_kind_of_attention_is_trained_in_bfloat16_as_in_float32(options, t
     assert one != other
     if "hard" not in kind:  # which draws other regions where the weights differ a little
         assert one[0] == pytest.approx(other[0], rel=0.02)  # after it other captions may be drawn
+
+
+def test_the_models_own_words_take_the_place_of_peoples():
+    model = small_model(words=30).train()
+    features = torch.randn(40, 6, model.encoder.channels)
+    captions = torch.tensor([START, 7, 8, 9, END, PAD]).expand(40, 2, 6)
+    trainer_ = SimpleNamespace(model=model, quick=contextlib.nullcontext)
+    for share in (0.0, 0.5, 1.0):
+        inputs = trainer.Trainer.own_words(trainer_, features, captions, share)
+        assert torch.equal(inputs[..., [0, 4, 5]], captions[..., [0, 4, 5]])
+        assert (inputs[..., 1:4] >= len(SPECIAL)).all()
+        other = (inputs != captions)[..., 1:4].float().mean()
+        assert share * 0.75 <= other <= share  # some words drawn are those that stood there
+
+
+def test_scheduled_sampling_begins_after_the_first_epoch(options, whole, tmp_path):
+    flags = [*options, *STAGES, "--scheduled-sampling", "0.5", "--workers", "0", "--output", str(tmp_path / "run")]
+    assert main(flags) == 0
+    ours, others = losses(tmp_path / "run"), losses(whole)
+    assert ours[0] == others[0]
+    assert ours[1] != others[1]
+    assert ours[3] != others[3]
 
 
 def test_a_model_that_was_trained_is_where_another_run_may_start(options, whole, root, tmp_path):

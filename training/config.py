@@ -74,6 +74,9 @@ class TrainConfig:
     final_rate: float = option(0.05, "share of the peak that the cosine ends each stage with")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices and kernels only")
     clip_norm: float = option(5.0, "gradients are scaled down to this norm")
+    scheduled_sampling: float = option(
+        0.0, "share of words read that are the model's own, not people's, by the end of stages one and two"
+    )
     label_smoothing: float = option(0.1, "probability spread over all words in the targets")
     doubly_stochastic: float = option(0.005, "weight of the doubly stochastic attention term, lambda in the paper")
     hard_reinforce: float = option(0.1, "weight of hard attention's REINFORCE term, lambda_r in the paper")
@@ -177,5 +180,10 @@ def check(config: TrainConfig) -> None:
     for name in ("dropout", "label_smoothing", "ema_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
+    for name in ("scheduled_sampling", "colour_change"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, not {getattr(config, name)}")
+    if not 0 < config.crop_area <= 1:
+        raise ValueError(f"crop_area must be above 0 and at most 1, not {config.crop_area}")
     if config.scst_baseline == "others" and config.scst_epochs and config.scst_samples < 2:
         raise ValueError("scst_samples must be at least 2 for scst_baseline others")

@@ -29,7 +29,7 @@ from captioner.checkpoint import (
 from captioner.images import Preprocessing
 from captioner.model import ShowAttendTell
 from captioner.search import beam_search, gather_rows, sample
-from captioner.vocabulary import END, PAD, START, Vocabulary
+from captioner.vocabulary import END, PAD, SPECIAL, START, Vocabulary
 from training.batches import Batch, EpochBatches, FeatureSource, Source, encode_captions
 from training.config import TrainConfig
 from training.datasets import CaptionedImage
@@ -269,8 +269,15 @@ class Trainer:
         """This process's share of the loss on people's captions, and the sum of their words' log-probabilities."""
         config, device = self.config, self.distributed.device
         images, captions = (part.to(device, non_blocking=True) for part in (batch.images, batch.captions))
+        inputs = None
+        share = config.scheduled_sampling * self.progress.epoch / max(stage.epochs - 1, 1)
+        if share > 0:
+            if images.dim() == 4:
+                with torch.set_grad_enabled(stage.train_from is not None):
+                    images = self.model.encoder(images)  # once, for both times that it is read
+            inputs = self.own_words(images.detach(), captions, share)
         with self.quick():
-            output = parallel(images, captions)
+            output = parallel(images, captions, inputs)
         output = output._replace(logits=output.logits.float())
         loss = caption_loss(output, batch.words, batch.whole, config.label_smoothing, config.doubly_stochastic)
         if output.choice is None:
@@ -280,6 +287,22 @@ class Trainer:
             output, told, batch.words, self.progress.baseline, config.hard_reinforce, config.hard_entropy
         )
         return loss + hard, told.sum()
+
+    def own_words(self, images: Tensor, captions: Tensor, share: float) -> Tensor:
+        """The captions with a share of their words drawn by the model that read the true ones before them.
+
+        Scheduled sampling (Bengio et al. 2015), all words at once (Mihaylova and Martins 2019).
+        """
+        with torch.no_grad(), self.quick():
+            output = self.model(images, captions)
+        logits = output.logits.float()
+        logits[:, list(range(len(SPECIAL)))] = float("-inf")
+        drawn = torch.multinomial(logits.softmax(dim=-1), 1).squeeze(1)
+        replaced = (torch.rand(drawn.shape, device=drawn.device) < share) & (output.targets != END)
+        words = torch.where(replaced, drawn, output.targets)
+        inputs = captions.clone()
+        inputs[..., 1:] = captions[..., 1:].masked_scatter(output.real, words)
+        return inputs
 
     def self_critical(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
         """This process's share of the loss on captions that the model draws; the sum of its images' mean rewards."""
