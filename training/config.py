@@ -89,7 +89,9 @@ class TrainConfig:
 
     seed: int = option(0, "decides the initial weights, the order of the images, dropout and augmentation")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
-    precision: str = option("auto", "of the network in training; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16"))
+    precision: str = option(
+        "auto", "of the network in training; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16")
+    )
     compile: bool = option(False, "compile the encoder with torch.compile, for long runs")
     workers: int = option(2, "processes that load images in stage two; 0: none")
     checkpoint_every: int = option(500, "steps between checkpoints within an epoch; one follows every epoch")

@@ -56,7 +56,8 @@ def hard_attention_loss(
 
     with s_t the regions that were drawn and b the moving average of what so many words were worth so far. A region
     is answerable for the words from its own on: it cannot have changed those before, which would only add noise.
-    The draws have no gradient of their own: this one stands for it; the gradient through the words is that of `caption_loss`, to which this is added.
+    The draws have no gradient of their own: this one stands for it. The gradient through the words is that of
+    `caption_loss`, to which this is added.
 
     Args:
         output: what the model gave, with `choice`.

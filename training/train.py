@@ -89,9 +89,7 @@ def plan(
 ) -> list[Stage]:
     """The stages that the config asks for, with where their images come from."""
     photographs = (
-        ImageSource(
-            train_items, preprocessing, config.augment, config.seed, config.crop_area, config.colour_change
-        ),
+        ImageSource(train_items, preprocessing, config.augment, config.seed, config.crop_area, config.colour_change),
         ImageSource(dev_items, preprocessing, augment=False),
     )
     stages = []
