@@ -276,7 +276,7 @@ class Trainer:
                 with torch.set_grad_enabled(stage.train_from is not None):
                     images = self.model.encoder(images)  # once, for both times that it is read
             inputs = self.own_words(images.detach(), captions, share)
-        with self.quick():
+        with self.autocast():
             output = parallel(images, captions, inputs)
         output = output._replace(logits=output.logits.float())
         loss = caption_loss(output, batch.words, batch.whole, config.label_smoothing, config.doubly_stochastic)
@@ -293,7 +293,7 @@ class Trainer:
 
         Scheduled sampling (Bengio et al. 2015), all words at once (Mihaylova and Martins 2019).
         """
-        with torch.no_grad(), self.quick():
+        with torch.no_grad(), self.autocast():
             output = self.model(images, captions)
         logits = output.logits.float()
         logits[:, list(range(len(SPECIAL)))] = float("-inf")
@@ -312,7 +312,7 @@ class Trainer:
             with torch.set_grad_enabled(stage.train_from is not None):
                 images = self.model.encoder(images)
         captions, rewards, advantage = self.draw(images.detach(), batch.indices)
-        with self.quick():
+        with self.autocast():
             output = parallel(images, captions)
         output = output._replace(logits=output.logits.float())
         loss = self_critical_loss(output, advantage, batch.size * captions.shape[1])
@@ -332,7 +332,7 @@ class Trainer:
         model.decoder.remember_words()
         decoder, length = model.decoder, config.max_length
         greedy = None
-        with torch.no_grad(), self.quick():
+        with torch.no_grad(), self.autocast():
             annotations = model.annotate(images)
             if config.scst_search == "beam":
                 drawn = beam_search(decoder, annotations, beam_size=config.scst_samples, max_length=length)
@@ -350,7 +350,7 @@ class Trainer:
         captions = torch.cat([start, gather_rows(drawn.words, order)], dim=2)
         return captions, rewards, gather_rows(advantage.to(captions.device), order)
 
-    def quick(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         """Within it the decoder computes in the encoder's type, where that is a shorter one."""
         kind = self.model.encoder.autocast_dtype
         return torch.autocast(self.distributed.device.type, kind, enabled=kind is not None)
