@@ -5,6 +5,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 from captioner import Captioner
 from captioner.attention import MECHANISMS
+from captioner.checkpoint import load_tensors, save_tensors
 from captioner.encoder import Encoder
 from captioner.images import Preprocessing
 from captioner.vocabulary import END, PAD, SPECIAL, START
@@ -279,6 +281,18 @@ def test_a_run_is_never_overwritten_by_accident(options, whole, capsys):
 def test_a_run_does_not_go_on_with_other_options(options, whole, capsys):
     assert main([*options, *STAGES, "--output", str(whole), "--resume", "--hidden-size", "20"]) == 1
     assert "hidden_size was 16 and is 20" in capsys.readouterr().err
+
+
+def test_a_run_from_before_an_option_was_there_goes_on(options, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    path = tmp_path / "run" / trainer.STATE
+    tensors, metadata = load_tensors(path)
+    config = json.loads(metadata["config"])
+    del config["scheduled_sampling"]
+    save_tensors(path, tensors, metadata | {"config": json.dumps(config)})
+    flags = [*options, *STAGES, "--output", str(tmp_path / "run"), "--resume"]
+    assert main(flags) == 0
+    assert main([*flags, "--scheduled-sampling", "0.5"]) == 1
 
 
 def test_resuming_a_finished_run_changes_nothing(options, whole):

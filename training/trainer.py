@@ -475,14 +475,15 @@ class Trainer:
             return None
         try:
             tensors, metadata = load_tensors(path)
-            saved = json.loads(metadata["config"])
+            # An option that was not there yet when the run began is at its default.
+            saved = dataclasses.asdict(TrainConfig()) | json.loads(metadata["config"])
             progress = Progress(**json.loads(metadata["progress"]))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise TrainingError(f"cannot resume from {path}: {error}") from error
         now = dataclasses.asdict(self.config)
-        changed = [key for key in now if key not in FREE_OPTIONS and saved.get(key) != now[key]]
+        changed = [key for key in now if key not in FREE_OPTIONS and saved[key] != now[key]]
         if changed:
-            was = ", ".join(f"{key} was {saved.get(key)!r} and is {now[key]!r}" for key in changed)
+            was = ", ".join(f"{key} was {saved[key]!r} and is {now[key]!r}" for key in changed)
             raise TrainingError(f"cannot resume {self.output} with other options: {was}")
         self.progress = progress
         if self.history:
