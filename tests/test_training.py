@@ -1,6 +1,5 @@
 """Training learns, and neither a crash, nor a full disk, nor another number of processes changes what it computes."""
 
-import contextlib
 import csv
 import errno
 import json
@@ -225,7 +224,7 @@ def test_the_models_own_words_take_the_place_of_peoples():
     model = small_model(words=30).train()
     features = torch.randn(40, 6, model.encoder.channels)
     captions = torch.tensor([START, 7, 8, 9, END, PAD]).expand(40, 2, 6)
-    trainer_ = SimpleNamespace(model=model, autocast=contextlib.nullcontext)
+    trainer_ = SimpleNamespace(model=model, read=lambda model, *read: model(*read))
     for share in (0.0, 0.5, 1.0):
         inputs = trainer.Trainer.own_words(trainer_, features, captions, share)
         assert torch.equal(inputs[..., [0, 4, 5]], captions[..., [0, 4, 5]])

@@ -26,6 +26,7 @@ from captioner.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
+from captioner.decoder import TeacherForced
 from captioner.images import Preprocessing
 from captioner.model import ShowAttendTell
 from captioner.search import beam_search, gather_rows, sample
@@ -272,13 +273,9 @@ class Trainer:
         inputs = None
         share = config.scheduled_sampling * self.progress.epoch / max(stage.epochs - 1, 1)
         if share > 0:
-            if images.dim() == 4:
-                with torch.set_grad_enabled(stage.train_from is not None):
-                    images = self.model.encoder(images)  # once, for both times that it is read
+            images = self.features(stage, images)
             inputs = self.own_words(images.detach(), captions, share)
-        with self.autocast():
-            output = parallel(images, captions, inputs)
-        output = output._replace(logits=output.logits.float())
+        output = self.read(parallel, images, captions, inputs)
         loss = caption_loss(output, batch.words, batch.whole, config.label_smoothing, config.doubly_stochastic)
         if output.choice is None:
             return loss, loss.new_zeros(())
@@ -293,11 +290,10 @@ class Trainer:
 
         Scheduled sampling (Bengio et al. 2015), all words at once (Mihaylova and Martins 2019).
         """
-        with torch.no_grad(), self.autocast():
-            output = self.model(images, captions)
-        logits = output.logits.float()
-        logits[:, list(range(len(SPECIAL)))] = float("-inf")
-        drawn = torch.multinomial(logits.softmax(dim=-1), 1).squeeze(1)
+        with torch.no_grad():
+            output = self.read(self.model, images, captions)
+        output.logits[:, : len(SPECIAL)] = float("-inf")
+        drawn = torch.multinomial(output.logits.softmax(dim=-1), 1).squeeze(1)
         replaced = (torch.rand(drawn.shape, device=drawn.device) < share) & (output.targets != END)
         words = torch.where(replaced, drawn, output.targets)
         inputs = captions.clone()
@@ -306,15 +302,9 @@ class Trainer:
 
     def self_critical(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
         """This process's share of the loss on captions that the model draws; the sum of its images' mean rewards."""
-        images = batch.images.to(self.distributed.device, non_blocking=True)
-        if images.dim() == 4:
-            # Once, to draw captions and to learn from them. It is the same in training as without.
-            with torch.set_grad_enabled(stage.train_from is not None):
-                images = self.model.encoder(images)
+        images = self.features(stage, batch.images.to(self.distributed.device, non_blocking=True))
         captions, rewards, advantage = self.draw(images.detach(), batch.indices)
-        with self.autocast():
-            output = parallel(images, captions)
-        output = output._replace(logits=output.logits.float())
+        output = self.read(parallel, images, captions)
         loss = self_critical_loss(output, advantage, batch.size * captions.shape[1])
         return loss, rewards.mean(dim=1).sum().to(loss)
 
@@ -349,6 +339,19 @@ class Trainer:
         start = torch.full_like(drawn.words[..., :1], START)
         captions = torch.cat([start, gather_rows(drawn.words, order)], dim=2)
         return captions, rewards, gather_rows(advantage.to(captions.device), order)
+
+    def features(self, stage: Stage, images: Tensor) -> Tensor:
+        """What the encoder sees, computed once where the decoder reads it twice: the same in training as without."""
+        if images.dim() < 4:
+            return images
+        with torch.set_grad_enabled(stage.train_from is not None):
+            return cast(Tensor, self.model.encoder(images))
+
+    def read(self, model: nn.Module, images: Tensor, captions: Tensor, inputs: Tensor | None = None) -> TeacherForced:
+        """Captions under teacher forcing, computed in the encoder's type; losses take logits in float32."""
+        with self.autocast():
+            output: TeacherForced = model(images, captions, inputs)
+        return output._replace(logits=output.logits.float())
 
     def autocast(self) -> torch.autocast:
         """Within it the decoder computes in the encoder's type, where that is a shorter one."""
