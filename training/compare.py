@@ -1,5 +1,5 @@
 """Train every kind of attention under one budget and compare them:
-`python -m training.compare --data flickr8k --root data/flickr8k --output runs/compare --seeds 0 1`.
+`python -m training.compare --data flickr8k=data/flickr8k --output runs/compare --seeds 0 1`.
 
 All other flags are those of `training.train` and hold for every kind. A comparison that was stopped goes on when
 the same command is given again.
@@ -27,7 +27,7 @@ from captioner.checkpoint import CheckpointError, replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
 from training.config import TrainConfig, parse_arguments
-from training.datasets import CaptionedImage, DatasetError, read_dataset
+from training.datasets import CaptionedImage, DatasetError, read_sources
 from training.distributed import Distributed, distributed
 from training.evaluate import evaluate
 from training.metrics import NEED_JAVA
@@ -121,7 +121,7 @@ def run(base: TrainConfig, kind: str, seed: int, output: Path, processes: Distri
 def measure(config: TrainConfig) -> dict[str, float]:
     """What a trained model is worth on the dev images, beam 5, and what it cost."""
     captioner = Captioner.from_pretrained(config.output, "auto" if config.device == "auto" else config.device)
-    items = read_dataset(config.data, config.root).splits["dev"]
+    items = [item for dataset in read_sources(config.data) for item in dataset.splits["dev"]]
     evaluation = evaluate(captioner, items, beam_size=5)
     for metric, why in evaluation.scores.left_out.items():
         if metric in (*SCORES, "tokenizer"):
@@ -200,7 +200,7 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def photo_of(word: str, config: TrainConfig) -> Path:
     """The dev image in most of whose captions the word stands."""
-    items = read_dataset(config.data, config.root).splits["dev"]
+    items = [item for dataset in read_sources(config.data) for item in dataset.splits["dev"]]
 
     def mentions(item: CaptionedImage) -> int:
         return sum(word in caption.lower().split() for caption in item.captions)

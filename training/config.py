@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -26,8 +27,13 @@ class TrainConfig:
     that the model makes itself for their CIDEr-D (self-critical sequence training, Rennie et al. 2017).
     """
 
-    data: str = option("flickr8k", "data set", ("flickr8k", "flickr30k", "coco"))
-    root: str = option("data/flickr8k", "folder of the data set")
+    data: tuple[str, ...] = option(
+        ("flickr8k",),
+        "a data set, as NAME=FOLDER (flickr8k, flickr30k, coco; NAME alone: data/NAME); may be given several times",
+    )
+    data_weight: tuple[str, ...] = option(
+        (), "NAME=WEIGHT: weight of the loss on this data set's captions, 1 by default; may be given several times"
+    )
     output: str = option("runs/flickr8k", "run folder; the best model is saved there, ready to be loaded")
 
     encoder: str = option("mobilenet_v2", "torchvision classification network")
@@ -107,7 +113,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
     parser = argparse.ArgumentParser(
         prog="python -m training.train",
         description="Train a captioner.",
-        epilog="Example: python -m training.train --data flickr8k --root data/flickr8k --output runs/flickr8k",
+        epilog="Example: python -m training.train --data flickr8k=data/flickr8k --output runs/flickr8k",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE.toml", help="options from a TOML file")
@@ -116,6 +122,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
         kind: dict[str, Any] = {"type": types[field.name], "choices": field.metadata["choices"]}
         if types[field.name] is bool:
             kind = {"action": argparse.BooleanOptionalAction}
+        elif types[field.name] == tuple[str, ...]:
+            kind = {"action": ReplaceThenAppend, "metavar": field.name.upper()}
         elif not field.metadata["choices"]:
             kind["metavar"] = types[field.name].__name__.upper()
         parser.add_argument(
@@ -129,13 +137,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
         except (OSError, ValueError) as error:
             parser.error(f"--config {path}: {error}")
     options = vars(parser.parse_args(arguments))
-    options.pop("config")
-    config = TrainConfig(**options)
+    config = TrainConfig(**{field.name: options[field.name] for field in dataclasses.fields(TrainConfig)})
     try:
         check(config)
     except ValueError as error:
         parser.error(str(error))
     return config
+
+
+class ReplaceThenAppend(argparse.Action):
+    """Collects the values of a flag that may be repeated; the first one replaces the default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Add one value."""
+        given = namespace.__dict__.setdefault("_given", {})
+        given[self.dest] = (*given.get(self.dest, ()), values)
+        setattr(namespace, self.dest, given[self.dest])
 
 
 def read_toml(path: Path, types: dict[str, type]) -> dict[str, Any]:
@@ -146,13 +163,32 @@ def read_toml(path: Path, types: dict[str, type]) -> dict[str, Any]:
             raise ValueError(f"no option {key!r}")
         if types[key] is float and type(value) is int:
             options[key] = float(value)
+        elif types[key] == tuple[str, ...]:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{key} should be a list of strings, not {value!r}")
+            options[key] = tuple(value)
         elif type(value) is not types[key]:
             raise ValueError(f"{key} should be a {types[key].__name__}, not {value!r}")
     return options
 
 
+def data_weights(config: TrainConfig) -> dict[str, float]:
+    """The weight of each data set that has one. Raises ValueError where a weight is not a positive number."""
+    weights = {}
+    for text in config.data_weight:
+        name, _, weight = text.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            weights[name] = math.nan
+        if not name or not 0 < weights[name] < math.inf:
+            raise ValueError(f"data_weight should be NAME=WEIGHT with a weight above 0, not {text!r}")
+    return weights
+
+
 def check(config: TrainConfig) -> None:
     """Raise ValueError naming the first option whose value cannot be used."""
+    data_weights(config)
     for name in (
         "batch_size",
         "minimum_count",

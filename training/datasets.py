@@ -8,7 +8,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -23,10 +23,14 @@ class DatasetError(RuntimeError):
 
 @dataclass(frozen=True)
 class CaptionedImage:
-    """An image file and what people wrote of it, in the order and the spelling of the data set."""
+    """An image file with its reference captions, in the order and the spelling of the data set.
+
+    dataset: name of the data set that it belongs to.
+    """
 
     path: Path
     captions: tuple[str, ...]
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,25 @@ class CaptionDataset:
     splits: dict[str, tuple[CaptionedImage, ...]]
     problems: tuple[str, ...]
     layout: str = ""
+
+
+def read_sources(sources: Sequence[str]) -> list[CaptionDataset]:
+    """Read the data sets that `--data` names.
+
+    Args:
+        sources: each "NAME=FOLDER" with a name of `DATASETS`, or "NAME" alone for the folder data/NAME.
+
+    Raises:
+        DatasetError: one cannot be read, or two have the same name.
+    """
+    datasets = []
+    for source in sources:
+        name, _, folder = source.partition("=")
+        datasets.append(read_dataset(name, folder or Path("data") / name))
+    names = [dataset.name for dataset in datasets]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise DatasetError(f"two data sets have the name {', '.join(sorted(twice))}; give each a name of its own")
+    return datasets
 
 
 def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
@@ -72,6 +95,9 @@ def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
         splits = _join(contents, _ImageFinder(root, layout.images), problems)
     except OSError as error:
         raise DatasetError(f"cannot read {error.filename}: {error.strerror}") from error
+    splits = {
+        split: tuple(replace(item, dataset=name) for item in items) for split, items in splits.items()
+    }
     if not any(splits.values()):
         first = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ""
         raise DatasetError(f"no image of {name} in {root} can be used{first}")

@@ -1,4 +1,4 @@
-"""Train a captioner: `python -m training.train --data flickr8k --root data/flickr8k --output runs/flickr8k`.
+"""Train a captioner: `python -m training.train --data flickr8k=data/flickr8k --output runs/flickr8k`.
 
 The same command under `torchrun --nproc-per-node N -m training.train ...` trains on N GPUs.
 """
@@ -18,8 +18,8 @@ from captioner.images import Preprocessing
 from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training.batches import FeatureSource, ImageSource
-from training.config import TrainConfig, parse_arguments
-from training.datasets import CaptionedImage, DatasetError, read_dataset
+from training.config import TrainConfig, data_weights, parse_arguments
+from training.datasets import CaptionedImage, DatasetError, read_sources
 from training.distributed import Distributed, distributed
 from training.features import cached_features, readable
 from training.trainer import Interrupted, Stage, Trainer, TrainingError
@@ -133,16 +133,18 @@ def plan(
 
 def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
     """The training and dev items that can be used; what cannot is counted and reported."""
-    dataset = read_dataset(config.data, config.root)
+    datasets = read_sources(config.data)
+    if unknown := data_weights(config).keys() - {dataset.name for dataset in datasets}:
+        raise DatasetError(f"data_weight names {', '.join(sorted(unknown))}, which is no data set of this run")
     splits = {}
-    problems = list(dataset.problems)
+    problems = [problem for dataset in datasets for problem in dataset.problems]
     for split in ("train", "dev"):
-        items = dataset.splits.get(split, ())
+        items = [item for dataset in datasets for item in dataset.splits.get(split, ())]
         good, unreadable = processes.agree(readable(items, processes.quiet) if processes.is_first else None)
         splits[split] = good
         problems += unreadable
         if not good:
-            raise DatasetError(f"{config.root} has no usable image in its {split} split")
+            raise DatasetError(f"{' and '.join(config.data)} have no usable image in their {split} split")
     for problem in problems[:20]:
         log.warning("skipped: %s", problem)
     if len(problems) > 20:

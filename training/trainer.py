@@ -46,7 +46,6 @@ log = logging.getLogger("training")
 STATE = "training-state.safetensors"
 # What may change between a run and its continuation without changing what the run computes.
 FREE_OPTIONS = {
-    "root",
     "output",
     "device",
     "workers",
@@ -56,6 +55,13 @@ FREE_OPTIONS = {
     "compile",
     "patience",
 }
+
+
+def options_for_resuming(config: TrainConfig) -> dict[str, Any]:
+    """The options as JSON gives them back; of the data sets only their names, since a folder may be moved."""
+    options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    options["data"] = [source.partition("=")[0] for source in config.data]
+    return options
 
 
 class TrainingError(RuntimeError):
@@ -460,7 +466,7 @@ class Trainer:
             tensors |= {f"optimiser/{key}/{names[parameter]}": tensor for key, tensor in state.items()}
         metadata = {
             "progress": json.dumps(dataclasses.asdict(self.progress)),
-            "config": json.dumps(dataclasses.asdict(self.config)),
+            "config": json.dumps(options_for_resuming(self.config)),
         }
         try:
             with replacing(self.output / STATE) as (path,):
@@ -479,11 +485,11 @@ class Trainer:
         try:
             tensors, metadata = load_tensors(path)
             # An option that was not there yet when the run began is at its default.
-            saved = dataclasses.asdict(TrainConfig()) | json.loads(metadata["config"])
+            saved = options_for_resuming(TrainConfig()) | json.loads(metadata["config"])
             progress = Progress(**json.loads(metadata["progress"]))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise TrainingError(f"cannot resume from {path}: {error}") from error
-        now = dataclasses.asdict(self.config)
+        now = options_for_resuming(self.config)
         changed = [key for key in now if key not in FREE_OPTIONS and saved[key] != now[key]]
         if changed:
             was = ", ".join(f"{key} was {saved[key]!r} and is {now[key]!r}" for key in changed)
