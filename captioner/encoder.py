@@ -1,10 +1,11 @@
 """A convolutional network read as a grid of annotation vectors."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 # Pixels of the square that is sent through a network to see what comes out; some take no smaller one.
@@ -18,7 +19,10 @@ DEFAULT_NODES = {
     "resnet": "layer4",
     "resnext": "layer4",
     "regnet": "trunk_output",
+    "densenet": "relu",
 }
+# What torchvision's networks call their classifiers.
+CLASSIFIERS = ("classifier.", "fc.", "head.", "heads.")
 
 
 class Encoder(nn.Module):
@@ -34,6 +38,8 @@ class Encoder(nn.Module):
     Attributes:
         channels: size D of an annotation vector.
         grid: rows and columns; there are rows * columns regions.
+        parts: the body below and above the first block that is tuned, once `split` has divided it; they share its
+            weights.
         displacement: how far up and left of its middle each region is seen from, in pixels of the input: the
             middle of its receptive field. Heatmaps are moved by it.
         autocast_dtype: set it to `torch.bfloat16` to run the convolutions, where the time goes, in that type.
@@ -60,6 +66,8 @@ class Encoder(nn.Module):
             nodes = [n for n in get_graph_node_names(network)[1] if n.count(".") <= 1]
             raise ValueError(f"{name} has no node {self.node!r}; it has {', '.join(nodes)}") from error
         self.body.eval()
+        # In a list, so that they are no submodules: their weights are the body's and are saved once.
+        self.parts: list[fx.GraphModule] = []
         with torch.no_grad():
             shape = self.body(torch.zeros(1, 3, PROBE, PROBE))["map"].shape
         if len(shape) != 4:
@@ -75,14 +83,16 @@ class Encoder(nn.Module):
         """Annotation vectors a_1 ... a_L of each image.
 
         Args:
-            images: (batch, 3, height, width), normalised as the weights expect.
+            images: (batch, 3, height, width), normalised as the weights expect; or the maps that `lower` gave for
+                them, (batch, channels, rows, columns).
 
         Returns:
             (batch, regions, channels) in float32; the regions run row by row from the top left.
         """
         images = images.contiguous(memory_format=torch.channels_last)
+        part = self.parts[1] if self.parts and images.shape[1] != 3 else self.body
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            feature_map = self.body(images)["map"]
+            feature_map = part(images)["map"]
         if feature_map.shape[-2:] != self.grid:
             feature_map = nn.functional.adaptive_avg_pool2d(feature_map, self.grid)
         return feature_map.flatten(2).transpose(1, 2).float()
@@ -90,6 +100,31 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> "Encoder":
         """Stay in evaluation mode: batch-norm statistics of the pretraining are kept while weights are tuned."""
         return super().train(False)
+
+    def split(self, block: str) -> None:
+        """Divide the body below a block, so that what is not tuned can be computed once per image.
+
+        Afterwards `lower` gives maps, and `forward` accepts them in place of images.
+
+        Args:
+            block: as in `train_from`; the cut lies at the last single tensor before its first weight is used.
+
+        Raises:
+            ValueError: no parameter's name begins so, or there is nothing below the block.
+        """
+        self.train_from(block)
+        tuned = {name for name, parameter in self.body.named_parameters() if parameter.requires_grad}
+        self.train_from(None)
+        cut = last_cut(self.body, tuned)
+        if cut is None:
+            raise ValueError(f"no single feature map of the encoder lies below the block {block!r}; tune a later one")
+        self.parts = list(divide(self.body, cut))
+
+    def lower(self, images: Tensor) -> Tensor:
+        """The map where `split` divided the body, (batch, channels, rows, columns), for normalised images."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.parts[0](images)["map"]  # type: ignore[no-any-return]
 
     def train_from(self, block: str | None) -> None:
         """Make the weights from the block of that name upwards trainable; None freezes all of them.
@@ -107,6 +142,36 @@ class Encoder(nn.Module):
         if block is not None and not trainable:
             blocks = sorted({".".join(name.split(".")[:2]) for name, _ in self.body.named_parameters()})
             raise ValueError(f"the encoder has no block {block!r}; it has {', '.join(blocks)}")
+
+
+def last_cut(body: fx.GraphModule, tuned: Collection[str]) -> fx.Node | None:
+    """The last node before the first tuned weight through which all that follows depends on the image."""
+    nodes = list(body.graph.nodes)
+    positions = {node: position for position, node in enumerate(nodes)}
+    alive: set[fx.Node] = set()
+    cut = None
+    for position, node in enumerate(nodes):
+        if node.op == "output" or any(f"{name}.".startswith(f"{node.target}.") for name in tuned):
+            break
+        alive = {n for n in {*alive, node} if any(positions[user] > position for user in n.users)}
+        if alive == {node} and node.op != "placeholder":
+            cut = node
+    return cut
+
+
+def divide(body: fx.GraphModule, cut: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The part of a graph up to a node, and the part that goes on from there; both use the weights of `body`."""
+    nodes = list(body.graph.nodes)
+    position = nodes.index(cut)
+    lower, upper = fx.Graph(), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes[: position + 1]:
+        copies[node] = lower.node_copy(node, copies.__getitem__)
+    lower.output({"map": copies[cut]})
+    copies = {cut: upper.placeholder("lower")}
+    for node in nodes[position + 1 :]:
+        copies[node] = upper.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(body, lower).eval(), fx.GraphModule(body, upper).eval()
 
 
 def build_network(name: str, weights: str | Path | None) -> nn.Module:
@@ -138,7 +203,12 @@ def load_network_weights(network: nn.Module, path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state)
+        result = network.load_state_dict(state, strict=False)
+        # The classifier is never used: a file without it is whole.
+        missing = [name for name in result.missing_keys if not name.startswith(CLASSIFIERS)]
+        if missing or result.unexpected_keys:
+            named = ", ".join((missing + result.unexpected_keys)[:3])
+            raise ValueError(f"{len(missing)} tensors are missing, {len(result.unexpected_keys)} unknown: {named} ...")
     except Exception as error:
         raise ValueError(f"encoder weights {path} do not fit {type(network).__name__}: {error}") from error
 
