@@ -124,7 +124,7 @@ class Encoder(nn.Module):
         """The map where `split` divided the body, (batch, channels, rows, columns), for normalised images."""
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.parts[0](images)["map"]  # type: ignore[no-any-return]
+            return self.parts[0](images)["map"]
 
     def train_from(self, block: str | None) -> None:
         """Make the weights from the block of that name upwards trainable; None freezes all of them.

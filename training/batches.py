@@ -24,17 +24,20 @@ class Batch(NamedTuple):
     images: (share, 3, height, width), or features (share, regions, channels), float32.
     captions: (share, rows, length) ids, each image's captions from the longest to the shortest, then `PAD`.
     weight: 1, or 0 where this process has no share and only keeps the others company.
-    words, whole, size: words to predict, captions and images in the whole batch, over all processes.
+    words, whole, size: words to predict, captions and images in the whole batch, over all processes; each image's
+        words and captions are counted as often as its data set's weight says.
     indices: which images they are.
+    image_weights: (share,), the weight of each image's data set.
     """
 
     images: Tensor
     captions: Tensor
     weight: float
-    words: int
-    whole: int
+    words: float
+    whole: float
     size: int
     indices: list[int]
+    image_weights: Tensor
 
 
 class Source(Protocol):
@@ -56,6 +59,33 @@ class FeatureSource:
         return torch.from_numpy(self.features[list(indices)]).float()
 
 
+class MapSource:
+    """Maps from below the encoder's tuned blocks, for several fixed views of each image, read from the cache.
+
+    Args:
+        views: each (images, rows, columns, channels) float16; epochs take them in turn.
+    """
+
+    def __init__(self, views: Sequence[np.ndarray]) -> None:
+        self.views = views
+
+    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        """Maps of the epoch's view in float32, (batch, channels, rows, columns), channels last in memory."""
+        maps = self.views[epoch % len(self.views)]
+        return torch.from_numpy(maps[list(indices)]).float().permute(0, 3, 1, 2)
+
+
+class BlankSource:
+    """No pictures: for captions alone, an image of one region whose features are all zero."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def load(self, indices: Sequence[int], epoch: int) -> Tensor:
+        """Zeros, (batch, 1, channels)."""
+        return torch.zeros(len(indices), 1, self.channels)
+
+
 class ImageSource:
     """Photographs from the disk, augmented in training, the same way whenever the same epoch comes again."""
 
@@ -68,8 +98,8 @@ class ImageSource:
         crop_area: float = 0.6,
         colour_change: float = 0.2,
     ) -> None:
-        self.items, self.preprocessing, self.augment, self.seed = items, preprocessing, augment, seed
-        self.crop_area, self.colour_change = crop_area, colour_change
+        self.items, self.preprocessing, self.augment = items, preprocessing, augment
+        self.augmentation = (seed, crop_area, colour_change)
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         """Normalised images, (batch, 3, rows, columns)."""
@@ -80,9 +110,10 @@ class ImageSource:
         image = load_image(self.items[index].path)
         if not self.augment:
             return image
-        chance = random.Random(f"{self.seed} {epoch} {index}")
+        seed, crop_area, colour_change = self.augmentation
+        chance = random.Random(f"{seed} {epoch} {index}")
         may_flip = names_no_side(self.items[index].captions)
-        return augment(image, self.preprocessing.size, may_flip, chance, self.crop_area, self.colour_change)
+        return augment(image, self.preprocessing.size, may_flip, chance, crop_area, colour_change)
 
 
 def names_no_side(captions: Sequence[str]) -> bool:
@@ -135,6 +166,7 @@ class EpochBatches(Dataset[Batch]):
         batch_size: images in a batch over all processes.
         seed, epoch: they decide the order.
         rank, size: which process of how many this is.
+        weights: of each image in the loss; None for 1.
     """
 
     def __init__(
@@ -146,8 +178,10 @@ class EpochBatches(Dataset[Batch]):
         epoch: int,
         rank: int = 0,
         size: int = 1,
+        weights: Sequence[float] | None = None,
     ) -> None:
         self.source, self.captions = source, captions
+        self.weights = weights or [1.0] * len(captions)
         self.epoch, self.rank, self.size = epoch, rank, size
         chance = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
         order = torch.randperm(len(captions), generator=chance).tolist()
@@ -166,10 +200,11 @@ class EpochBatches(Dataset[Batch]):
             self.source.load(share, self.epoch),
             pad_captions(captions),
             weight,
-            sum(len(caption) - 1 for index in whole for caption in self.captions[index]),
-            sum(len(self.captions[index]) for index in whole),
+            sum(self.weights[index] * (len(caption) - 1) for index in whole for caption in self.captions[index]),
+            sum(self.weights[index] * len(self.captions[index]) for index in whole),
             len(whole),
             list(share),
+            torch.tensor([self.weights[index] for index in share]),
         )
 
     def loader(self, start: int, workers: int, pin_memory: bool) -> DataLoader[Batch]:

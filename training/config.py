@@ -60,6 +60,8 @@ class TrainConfig:
     minimum_count: int = option(5, "words rarer than this in the training captions become <unk>")
     max_length: int = option(22, "captions are cut after this many words")
 
+    language: str = option("", "text file (or .gz) of captions without pictures, one a line, to be learnt first")
+    language_epochs: int = option(1, "epochs on these captions, before stage one")
     epochs: int = option(10, "stage one: epochs with the encoder frozen")
     learning_rate: float = option(1e-3, "stage one: peak learning rate")
     finetune_epochs: int = option(10, "stage two: epochs that tune the encoder too")
@@ -69,6 +71,17 @@ class TrainConfig:
     augment: bool = option(True, "stage two: random crops, flips (never where a caption says left or right), colours")
     crop_area: float = option(0.6, "smallest share of an image's area that augmentation keeps")
     colour_change: float = option(0.2, "largest relative change of light and colours in augmentation")
+    views: int = option(
+        0,
+        "fixed views of each image, the first one the whole image and the others augmented, for which the maps below "
+        "finetune_from are cached, so that an epoch costs only what is tuned; 0: augment anew in every epoch",
+    )
+    composed: float = option(
+        0.0, "pictures composed of two photographs to add to each batch, as a share of its size; at most 0.5"
+    )
+    pointing: float = option(
+        1.0, "weight of the loss that keeps attention on the right photograph of composed pictures"
+    )
     scst_epochs: int = option(0, "stage three: epochs of self-critical training on CIDEr-D")
     scst_learning_rate: float = option(1e-4, "stage three: peak learning rate of the decoder")
     scst_encoder_learning_rate: float = option(0.0, "stage three: peak learning rate of the encoder; 0: frozen")
@@ -208,6 +221,9 @@ def check(config: TrainConfig) -> None:
         "epochs",
         "finetune_epochs",
         "scst_epochs",
+        "language_epochs",
+        "views",
+        "pointing",
         "warmup_steps",
         "workers",
         "annotation_size",
@@ -221,6 +237,10 @@ def check(config: TrainConfig) -> None:
     for name in ("scheduled_sampling", "colour_change"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be from 0 to 1, not {getattr(config, name)}")
+    if not 0 <= config.composed <= 0.5:
+        raise ValueError(f"composed must be from 0 to 0.5, not {config.composed}")
+    if config.views and not config.finetune_from:
+        raise ValueError("views are cached below the first tuned block; name it with finetune_from")
     if not 0 < config.crop_area <= 1:
         raise ValueError(f"crop_area must be above 0 and at most 1, not {config.crop_area}")
     if config.scst_baseline == "others" and config.scst_epochs and config.scst_samples < 2:

@@ -95,9 +95,7 @@ def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
         splits = _join(contents, _ImageFinder(root, layout.images), problems)
     except OSError as error:
         raise DatasetError(f"cannot read {error.filename}: {error.strerror}") from error
-    splits = {
-        split: tuple(replace(item, dataset=name) for item in items) for split, items in splits.items()
-    }
+    splits = {split: tuple(replace(item, dataset=name) for item in items) for split, items in splits.items()}
     if not any(splits.values()):
         first = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ""
         raise DatasetError(f"no image of {name} in {root} can be used{first}")

@@ -2,74 +2,123 @@
 
 import hashlib
 import json
+import logging
+import math
+import os
+import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from captioner.encoder import Encoder
-from captioner.images import ImageError, Preprocessing, load_image
+from captioner.images import ImageError, load_image
+from training.batches import ImageSource
 from training.datasets import CaptionedImage
 from training.distributed import Distributed
 
+log = logging.getLogger("training")
 
-def cached_features(
+
+def cached_maps(
     encoder: Encoder,
-    items: Sequence[CaptionedImage],
-    preprocessing: Preprocessing,
+    photographs: ImageSource,
     cache: Path,
     distributed: Distributed,
+    view: int = 0,
+    below: bool = False,
     batch_size: int = 32,
 ) -> np.ndarray:
-    """The encoder's annotation vectors of each image, from the cache if they are there.
+    """What a frozen encoder, or the part of it below the tuned blocks, gives for each image.
 
-    The file's name is a digest of all that decides its content: the encoder's graph and weights, the
-    preprocessing, and the images' names, sizes and dates. It is written under a temporary name, each process
-    filling its share, and renamed when it is whole.
+    It is read from the cache if it is there. The file's name is a digest of all that decides its content: the
+    encoder's graph and weights, the preprocessing, the augmentation, and the images' names, sizes and dates. It is
+    written under a temporary name, each process filling its share, and renamed when it is whole.
 
     Args:
         encoder: in evaluation mode, on the device to compute on.
-        items: the images; they have been found readable.
+        photographs: the images; they have been found readable.
         cache: folder of the cache, made if need be.
+        view: which augmented view of each image is meant, where `photographs` augments.
+        below: stop where `Encoder.split` has divided the encoder.
 
     Returns:
-        (images, regions, channels) float16, memory-mapped and read-only.
+        Annotation vectors (images, regions, channels), or with `below` maps (images, rows, columns, channels);
+        float16, memory-mapped and read-only.
+
+    Raises:
+        OSError: the disk has no room for it.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"features-{features_key(encoder, items, preprocessing)}.npy"
+    path = cache / f"features-{features_key(encoder, photographs, view, below)}.npy"
     if distributed.agree(path.exists()):
         return np.load(path, mmap_mode="r")
-    shape = (len(items), encoder.grid[0] * encoder.grid[1], encoder.channels)
-    temporary = path.with_suffix(".tmp")
-    if distributed.is_first:
-        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape).flush()
-    distributed.barrier()
-    features = np.lib.format.open_memmap(temporary, mode="r+")
-    batches = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
+    items, preprocessing = photographs.items, photographs.preprocessing
     device = next(encoder.parameters()).device
+
+    def compute(images: list[Image.Image]) -> np.ndarray:
+        pixels = preprocessing(images).to(device)
+        found = encoder.lower(pixels).permute(0, 2, 3, 1) if below else encoder(pixels)
+        return found.half().cpu().numpy()
+
     with ThreadPoolExecutor() as threads, torch.inference_mode():
-        for batch in tqdm(
-            batches[distributed.rank :: distributed.size], "features", disable=distributed.quiet, unit="batch"
-        ):
-            images = list(threads.map(load_image, (items[index].path for index in batch)))
-            features[batch.start : batch.stop] = encoder(preprocessing(images).to(device)).half().cpu().numpy()
-    features.flush()
-    distributed.barrier()
-    if distributed.is_first:
-        temporary.replace(path)
+        shape = (len(items), *compute([Image.new("RGB", preprocessing.size[::-1])]).shape[1:])
+        temporary = distributed.agree(reserve(path, shape) if distributed.is_first else None)
+        try:
+            features = np.lib.format.open_memmap(temporary, mode="r+")
+            batches = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
+            for batch in tqdm(
+                batches[distributed.rank :: distributed.size], "features", disable=distributed.quiet, unit="batch"
+            ):
+                images = list(threads.map(lambda index: photographs.one(index, view), batch))
+                features[batch.start : batch.stop] = compute(images)
+            features.flush()
+            distributed.barrier()
+            if distributed.is_first:
+                temporary.replace(path)
+        finally:
+            if distributed.is_first:
+                temporary.unlink(missing_ok=True)
     distributed.barrier()
     return np.load(path, mmap_mode="r")
 
 
-def features_key(encoder: Encoder, items: Sequence[CaptionedImage], preprocessing: Preprocessing) -> str:
+def reserve(path: Path, shape: tuple[int, ...]) -> Path:
+    """A file of zeros (float16) beside `path` under a name of its own, its space on the disk taken already.
+
+    Raises:
+        OSError: the disk has no room for it.
+    """
+    size = 2 * math.prod(shape)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    log.info("caching %.1f GB in %s", size / 1e9, path.parent)
+    try:
+        np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape).flush()
+        if hasattr(os, "posix_fallocate"):
+            # A sparse file would end the process without a word where the disk runs full.
+            with temporary.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"no room for {size / 1e9:.1f} GB of cached features: {error.strerror}", str(path.parent)
+        ) from error
+    return temporary
+
+
+def features_key(encoder: Encoder, photographs: ImageSource, view: int = 0, below: bool = False) -> str:
     """A digest of everything that decides the features."""
     key = hashlib.sha256()
-    files = [(item.path.name, (stat := item.path.stat()).st_size, stat.st_mtime_ns) for item in items]
-    key.update(json.dumps([encoder.node, encoder.grid, str(encoder.autocast_dtype), files]).encode())
-    key.update(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
+    files = [(item.path.name, (stat := item.path.stat()).st_size, stat.st_mtime_ns) for item in photographs.items]
+    grid = None if below else encoder.grid
+    cut = encoder.parts[0].code if below else None
+    augmentation = [*photographs.augmentation, view] if photographs.augment else None
+    key.update(json.dumps([encoder.node, grid, cut, augmentation, str(encoder.autocast_dtype), files]).encode())
+    key.update(json.dumps(photographs.preprocessing.to_dict(), sort_keys=True).encode())
     key.update(type(encoder.body).__name__.encode())
     for name, tensor in encoder.state_dict().items():
         key.update(name.encode())

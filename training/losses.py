@@ -8,7 +8,12 @@ from captioner.vocabulary import PAD, START, UNKNOWN
 
 
 def caption_loss(
-    output: TeacherForced, words: int, captions: int, label_smoothing: float, doubly_stochastic: float
+    output: TeacherForced,
+    words: float,
+    captions: float,
+    label_smoothing: float,
+    doubly_stochastic: float,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the words plus the doubly stochastic term (Xu et al. 2015, equation 14).
 
@@ -22,12 +27,15 @@ def caption_loss(
         captions: captions in the whole batch, likewise.
         label_smoothing: probability taken from the true word and spread evenly over the vocabulary.
         doubly_stochastic: lambda.
+        weights: (images,), how often each image's captions count; None for once.
     """
+    weights = output.alpha.new_ones(output.real.shape[0]) if weights is None else weights
     cross_entropy = nn.functional.cross_entropy(
-        output.logits, output.targets, label_smoothing=label_smoothing, reduction="sum"
+        output.logits, output.targets, label_smoothing=label_smoothing, reduction="none"
     )
+    cross_entropy = (cross_entropy * weights[:, None, None].expand(output.real.shape)[output.real]).sum()
     looked_at = output.alpha.sum(dim=2).mean(dim=2)  # over the words, then over the heads: (images, rows, regions)
-    said = output.real.any(dim=2)  # rows that are only padding have no caption
+    said = output.real.any(dim=2) * weights[:, None]  # rows that are only padding have no caption
     uneven = ((1 - looked_at).square().sum(dim=-1) * said).sum()
     return cross_entropy / max(words, 1) + doubly_stochastic * uneven / max(captions, 1)
 
@@ -47,7 +55,7 @@ def word_log_probabilities(output: TeacherForced, excluded: tuple[int, ...] = ()
 
 
 def hard_attention_loss(
-    output: TeacherForced, told: Tensor, words: int, baseline: float | None, reinforce: float, entropy: float
+    output: TeacherForced, told: Tensor, words: float, baseline: float | None, reinforce: float, entropy: float
 ) -> Tensor:
     """What `hard` attention learns from (Xu et al. 2015, equation 11 and what follows it).
 

@@ -31,8 +31,9 @@ from captioner.images import Preprocessing
 from captioner.model import ShowAttendTell
 from captioner.search import beam_search, gather_rows, sample
 from captioner.vocabulary import END, PAD, SPECIAL, START, Vocabulary
-from training.batches import Batch, EpochBatches, FeatureSource, Source, encode_captions
-from training.config import TrainConfig
+from training.batches import Batch, EpochBatches, ImageSource, Source, encode_captions
+from training.composed import Composed, add_composed, compose, composed_loss, content_words, split_composed
+from training.config import TrainConfig, data_weights
 from training.datasets import CaptionedImage
 from training.distributed import Distributed
 from training.history import History
@@ -78,6 +79,7 @@ class Stage:
 
     train_from: first block of the encoder that is tuned, "" for all of it, None for none.
     self_critical: whether captions that the model draws are rewarded, instead of those of people imitated.
+    captions: ids of captions to learn in place of the training images' own, as `encode_captions` gives them.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Stage:
     train: Source
     dev: Source
     self_critical: bool = False
+    captions: Sequence[Sequence[Sequence[int]]] | None = None
 
 
 @dataclasses.dataclass
@@ -142,7 +145,13 @@ class Trainer:
         self.output = Path(config.output)
         self.names = [item.path.name for item in train]
         self.captions = [encode_captions(item, vocabulary, config.max_length) for item in train]
+        weights = data_weights(config)
+        self.weights = [weights.get(item.dataset, 1.0) for item in train]
         self.references = [[tokenize(caption) for caption in item.captions] for item in dev]
+        self.dev_sets: dict[str, list[int]] = {}
+        for index, item in enumerate(dev):
+            self.dev_sets.setdefault(item.dataset, []).append(index)
+        self.content = content_words(vocabulary.words).to(distributed.device)
         self.reward = None
         if any(stage.self_critical for stage in stages):
             self.reward = CiderD(
@@ -202,16 +211,17 @@ class Trainer:
         progress, distributed = self.progress, self.distributed
         batches = EpochBatches(
             stage.train,
-            self.captions,
+            self.captions if stage.captions is None else stage.captions,
             self.config.batch_size,
             self.config.seed,
             1000 * progress.stage + progress.epoch,
             distributed.rank,
             distributed.size,
+            self.weights if stage.captions is None else None,
         )
         total_steps = stage.epochs * len(batches)
         # Cached features are read faster than another process could hand them over.
-        workers = 0 if isinstance(stage.train, FeatureSource) else self.config.workers
+        workers = self.config.workers if isinstance(stage.train, ImageSource) else 0
         loader = batches.loader(progress.batch, workers, pin_memory=distributed.device.type == "cuda")
         parallel.train()
         bar = tqdm(
@@ -253,7 +263,7 @@ class Trainer:
         stop = torch.tensor(float(self.stop_requested), device=loss.device)
         whole, measured, stops = distributed.sum(torch.stack([loss, batch.weight * own, stop])).tolist()
         if not math.isfinite(whole):
-            names = ", ".join(self.names[index] for index in batch.indices[:4])
+            names = ", ".join(self.names[index] for index in batch.indices[:4] if stage.captions is None)
             raise TrainingError(
                 f"the loss is {whole} in step {progress.step} (stage {progress.stage + 1}, epoch "
                 f"{progress.epoch + 1}, batch {progress.batch}: {names} ...); "
@@ -276,13 +286,23 @@ class Trainer:
         """This process's share of the loss on people's captions, and the sum of their words' log-probabilities."""
         config, device = self.config, self.distributed.device
         images, captions = (part.to(device, non_blocking=True) for part in (batch.images, batch.captions))
+        composed = self.compose(stage, batch, images)
+        if composed:
+            images, captions = add_composed(images, captions, composed)
         inputs = None
         share = config.scheduled_sampling * self.progress.epoch / max(stage.epochs - 1, 1)
         if share > 0:
             images = self.features(stage, images)
             inputs = self.own_words(images.detach(), captions, share)
-        output = self.read(parallel, images, captions, inputs)
-        loss = caption_loss(output, batch.words, batch.whole, config.label_smoothing, config.doubly_stochastic)
+        output, extra = self.read_composed(batch, composed, self.read(parallel, images, captions, inputs))
+        loss = extra + caption_loss(
+            output,
+            batch.words,
+            batch.whole,
+            config.label_smoothing,
+            config.doubly_stochastic,
+            batch.image_weights.to(device),
+        )
         if output.choice is None:
             return loss, loss.new_zeros(())
         told = word_log_probabilities(output).detach()
@@ -290,6 +310,25 @@ class Trainer:
             output, told, batch.words, self.progress.baseline, config.hard_reinforce, config.hard_entropy
         )
         return loss + hard, told.sum()
+
+    def compose(self, stage: Stage, batch: Batch, images: Tensor) -> Composed | None:
+        """Pictures composed of this batch's photographs; None where the run or the stage has none."""
+        count = min(round(self.config.composed * len(images)), len(images) // 2)
+        if count == 0 or stage.captions is not None:
+            return None
+        chance = torch.Generator().manual_seed(torch.initial_seed())
+        composed = compose(images, batch.captions, count, self.model.encoder.grid, chance)
+        return Composed(*(part.to(images.device) for part in composed))
+
+    def read_composed(
+        self, batch: Batch, composed: Composed | None, output: TeacherForced
+    ) -> tuple[TeacherForced, Tensor]:
+        """The output for the batch alone, and this process's share of the loss on the composed pictures behind it."""
+        if composed is None:
+            return output, output.logits.new_zeros(())
+        output, behind = split_composed(output, len(batch.indices))
+        loss = composed_loss(behind, composed.own, self.content, self.config.pointing)
+        return output, self.config.composed * len(batch.indices) / batch.size * loss
 
     def own_words(self, images: Tensor, captions: Tensor, share: float) -> Tensor:
         """The captions with a share of their words drawn by the model that read the true ones before them.
@@ -308,10 +347,17 @@ class Trainer:
 
     def self_critical(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
         """This process's share of the loss on captions that the model draws; the sum of its images' mean rewards."""
-        images = self.features(stage, batch.images.to(self.distributed.device, non_blocking=True))
-        captions, rewards, advantage = self.draw(images.detach(), batch.indices)
-        output = self.read(parallel, images, captions)
-        loss = self_critical_loss(output, advantage, batch.size * captions.shape[1])
+        images = batch.images.to(self.distributed.device, non_blocking=True)
+        composed = self.compose(stage, batch, images)
+        count = len(images)
+        images = self.features(stage, images if composed is None else torch.cat([images, composed.images]))
+        captions, rewards, advantage = self.draw(images[:count].detach(), batch.indices)
+        samples = captions.shape[1]
+        if composed:
+            _, captions = add_composed(images, captions, composed._replace(images=images[:0]))
+        output, extra = self.read_composed(batch, composed, self.read(parallel, images, captions))
+        advantage = advantage * batch.image_weights.to(advantage)[:, None]
+        loss = extra + self_critical_loss(output, advantage, batch.size * samples)
         return loss, rewards.mean(dim=1).sum().to(loss)
 
     def draw(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -376,7 +422,7 @@ class Trainer:
     def validate(self, stage: Stage) -> None:
         """Caption the dev images with the averaged weights, record the scores, keep the model if it is the best."""
         candidates = self.decode(stage)
-        scores = quick_scores(candidates, self.references)
+        scores = self.score(candidates)
         progress, config = self.progress, self.config
         row = {
             "stage": stage.name,
@@ -402,6 +448,18 @@ class Trainer:
                     self.output, Checkpoint(self.averaged_model, self.vocabulary, self.preprocessing, about)
                 )
         self.distributed.barrier()
+
+    def score(self, candidates: Sequence[Sequence[str]]) -> dict[str, float]:
+        """The scores of the dev captions: the mean over the data sets, and where there are several, those of each."""
+        of_sets = {
+            name: quick_scores([candidates[i] for i in indices], [self.references[i] for i in indices])
+            for name, indices in self.dev_sets.items()
+        }
+        first = next(iter(of_sets.values()))
+        scores = {metric: sum(of_set[metric] for of_set in of_sets.values()) / len(of_sets) for metric in first}
+        if len(of_sets) > 1:
+            scores |= {f"{name} {metric}": of_set[metric] for name, of_set in of_sets.items() for metric in of_set}
+        return scores
 
     def decode(self, stage: Stage) -> list[list[str]]:
         """Captions of the dev images, each process making its share."""
