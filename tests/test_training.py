@@ -29,7 +29,8 @@ from captioner.vocabulary import END, PAD, SPECIAL, START
 from training import trainer
 from training.datasets import read_dataset
 from training.distributed import Distributed
-from training.features import cached_features, features_key
+from training.batches import ImageSource, MapSource
+from training.features import cached_maps, features_key
 from training.train import main
 
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -393,24 +394,33 @@ def test_features_are_computed_once_and_again_when_anything_that_decides_them_ch
     items = read_dataset("flickr8k", root).splits["dev"]
     encoder = Encoder(grid=(2, 2), weights=weights)
     preprocessing = Preprocessing(size=(64, 64))
-    features = cached_features(encoder, items, preprocessing, tmp_path, ALONE, batch_size=4)
+    photographs = ImageSource(items, preprocessing, augment=False)
+    features = cached_maps(encoder, photographs, tmp_path, ALONE, batch_size=4)
     with torch.no_grad():
         exact = encoder(preprocessing([Image.open(item.path) for item in items]))
     assert np.allclose(features, exact.numpy(), rtol=2e-3, atol=1e-3)
 
     calls = []
     monkeypatch.setattr(type(encoder), "forward", lambda *_: calls.append(1))
-    again = cached_features(encoder, items, preprocessing, tmp_path, ALONE)
+    again = cached_maps(encoder, photographs, tmp_path, ALONE)
     assert not calls
     assert np.array_equal(again, features)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
 
-    key = features_key(encoder, items, preprocessing)
-    assert key != features_key(encoder, items[1:], preprocessing)
-    assert key != features_key(encoder, items, Preprocessing(size=(64, 32)))
+    augmented = [ImageSource(items, preprocessing, augment=True, seed=seed) for seed in (0, 1)]
+    keys = [
+        features_key(encoder, photographs),
+        features_key(encoder, ImageSource(items[1:], preprocessing, augment=False)),
+        features_key(encoder, ImageSource(items, Preprocessing(size=(64, 32)), augment=False)),
+        *(features_key(encoder, source, view) for source in augmented for view in (1, 2)),
+    ]
     with torch.no_grad():
         next(encoder.parameters()).add_(1e-3)
-    assert key != features_key(encoder, items, preprocessing)
+    keys.append(features_key(encoder, photographs))
+    for block in ("features.17", "features.18"):
+        encoder.split(block)
+        keys.append(features_key(encoder, photographs, below=True))
+    assert len(set(keys)) == len(keys)
 
 
 def test_an_interrupted_computation_of_features_is_not_taken_for_a_whole_one(root, weights, tmp_path, monkeypatch):
@@ -420,17 +430,43 @@ def test_an_interrupted_computation_of_features_is_not_taken_for_a_whole_one(roo
 
     def fails_later(self, images):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 3:  # one blank image tells the shape
             raise KeyboardInterrupt
         return real(self, images)
 
     monkeypatch.setattr(type(encoder), "forward", fails_later)
-    preprocessing = Preprocessing(size=(64, 64))
+    photographs = ImageSource(items, Preprocessing(size=(64, 64)), augment=False)
     with pytest.raises(KeyboardInterrupt):
-        cached_features(encoder, items, preprocessing, tmp_path, ALONE, batch_size=2)
-    features = cached_features(encoder, items, preprocessing, tmp_path, ALONE, batch_size=2)
+        cached_maps(encoder, photographs, tmp_path, ALONE, batch_size=2)
+    assert not list(tmp_path.iterdir())
+    features = cached_maps(encoder, photographs, tmp_path, ALONE, batch_size=2)
     assert (np.abs(features).sum(axis=(1, 2)) > 0).all()
-    assert len(calls) == 2 + 3
+    assert len(calls) == 3 + 4
+
+
+def test_a_full_disk_is_reported_before_anything_is_computed(root, weights, tmp_path, monkeypatch):
+    items = read_dataset("flickr8k", root).splits["dev"]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    photographs = ImageSource(items, Preprocessing(size=(64, 64)), augment=False)
+    with pytest.raises(OSError, match="no room for .* GB of cached features"):
+        cached_maps(Encoder(grid=(2, 2), weights=weights), photographs, tmp_path, ALONE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_maps_below_the_tuned_blocks_give_the_same_annotation_vectors(root, weights, tmp_path):
+    items = read_dataset("flickr8k", root).splits["dev"]
+    encoder = Encoder(grid=(2, 2), weights=weights)
+    encoder.split("features.17")
+    source = ImageSource(items, Preprocessing(size=(64, 64)), augment=True)
+    views = MapSource([cached_maps(encoder, source, tmp_path, ALONE, view, below=True) for view in (0, 1)])
+    with torch.no_grad():
+        for epoch in range(4):
+            exact = encoder(source.load([2, 0], epoch % 2))
+            assert torch.allclose(encoder(views.load([2, 0], epoch)), exact, rtol=1e-2, atol=1e-2)
 
 
 def test_the_real_data_set_is_read_and_its_photographs_train(flickr8k, weights, tmp_path):

@@ -1,5 +1,6 @@
 """A data set of drawn pictures in the layout of Flickr8k's release, and the smallest model to train on it."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -31,6 +32,24 @@ def draw(root: Path, train: int = 12, dev: int = 6) -> Path:
     (root / "Flickr8k_text" / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n")
     for split, chosen in (("train", names[:train]), ("dev", names[train:])):
         (root / "Flickr8k_text" / f"Flickr_8k.{split}Images.txt").write_text("\n".join(chosen) + "\n")
+    return root
+
+
+def draw_karpathy(root: Path, train: int = 4, dev: int = 2) -> Path:
+    """Write a data set of triangles to `root` in Karpathy's layout for COCO; every other image has one caption only."""
+    (root / "images").mkdir(parents=True)
+    entries = []
+    for number in range(train + dev):
+        colour = COLOURS[number % 6]
+        image = Image.new("RGB", (70, 90), "grey")
+        ImageDraw.Draw(image).polygon([(10, 80), (35, 10), (60, 80)], fill=colour)
+        image.save(root / "images" / f"{number}.png")
+        captions = [f"a {colour} triangle", f"a triangle that is {colour}"][: 1 + number % 2]
+        split = "train" if number < train else "val"
+        entries.append(
+            {"filename": f"{number}.png", "split": split, "sentences": [{"raw": caption} for caption in captions]}
+        )
+    (root / "dataset_coco.json").write_text(json.dumps({"images": entries}))
     return root
 
 

@@ -80,22 +80,21 @@ def add_composed(images: Tensor, captions: Tensor, composed: Composed) -> tuple[
     return torch.cat([images, composed.images]), torch.cat(padded)
 
 
-def split_composed(output: TeacherForced, count: int) -> tuple[TeacherForced, TeacherForced]:
-    """What the model gave for the first `count` images, and for the composed pictures behind them."""
+def split_composed(output: TeacherForced, count: int, rows: int) -> tuple[TeacherForced, TeacherForced]:
+    """What the model gave for the first `count` images, of `rows` captions each, and for the pictures behind them."""
     words = int(output.real[:count].sum())
-    choices = (None, None) if output.choice is None else (output.choice[:count], output.choice[count:, : 2 * ROWS])
-    return (
+    parts = ((slice(words), slice(count), rows), (slice(words, None), slice(count, None), 2 * ROWS))
+    batch, behind = (
         TeacherForced(
-            output.logits[:words], output.targets[:words], output.alpha[:count], output.real[:count], choices[0]
-        ),
-        TeacherForced(
-            output.logits[words:],
-            output.targets[words:],
-            output.alpha[count:, : 2 * ROWS],
-            output.real[count:, : 2 * ROWS],
-            choices[1],
-        ),
+            output.logits[of_words],
+            output.targets[of_words],
+            output.alpha[images, :kept],
+            output.real[images, :kept],
+            None if output.choice is None else output.choice[images, :kept],
+        )
+        for of_words, images, kept in parts
     )
+    return batch, behind
 
 
 def join(first: Tensor, second: Tensor, axis: int) -> Tensor:

@@ -294,7 +294,8 @@ class Trainer:
         if share > 0:
             images = self.features(stage, images)
             inputs = self.own_words(images.detach(), captions, share)
-        output, extra = self.read_composed(batch, composed, self.read(parallel, images, captions, inputs))
+        rows = batch.captions.shape[1]
+        output, extra = self.read_composed(batch, rows, composed, self.read(parallel, images, captions, inputs))
         loss = extra + caption_loss(
             output,
             batch.words,
@@ -321,12 +322,12 @@ class Trainer:
         return Composed(*(part.to(images.device) for part in composed))
 
     def read_composed(
-        self, batch: Batch, composed: Composed | None, output: TeacherForced
+        self, batch: Batch, rows: int, composed: Composed | None, output: TeacherForced
     ) -> tuple[TeacherForced, Tensor]:
-        """The output for the batch alone, and this process's share of the loss on the composed pictures behind it."""
+        """The output for the batch alone, of `rows` captions an image, and this process's share of the loss on the composed pictures behind it."""
         if composed is None:
             return output, output.logits.new_zeros(())
-        output, behind = split_composed(output, len(batch.indices))
+        output, behind = split_composed(output, len(batch.indices), rows)
         loss = composed_loss(behind, composed.own, self.content, self.config.pointing)
         return output, self.config.composed * len(batch.indices) / batch.size * loss
 
@@ -355,7 +356,7 @@ class Trainer:
         samples = captions.shape[1]
         if composed:
             _, captions = add_composed(images, captions, composed._replace(images=images[:0]))
-        output, extra = self.read_composed(batch, composed, self.read(parallel, images, captions))
+        output, extra = self.read_composed(batch, samples, composed, self.read(parallel, images, captions))
         advantage = advantage * batch.image_weights.to(advantage)[:, None]
         loss = extra + self_critical_loss(output, advantage, batch.size * samples)
         return loss, rewards.mean(dim=1).sum().to(loss)
