@@ -29,6 +29,15 @@ def test_the_tutorial_implementation_agrees_with_ours_before_it_is_timed(small):
     assert all(torch.equal(tensor, before[name]) for name, tensor in small.model.state_dict().items())
 
 
+def test_what_cached_maps_save_is_measured_where_training_tuned_an_upper_part(small):
+    about = {"training": {"finetune_from": "features.17"}}
+    figures = benchmark.benchmark(
+        Captioner(Checkpoint(small.model, small.vocabulary, small.preprocessing, about)), images=3, repeats=1
+    )
+    assert figures["step that tunes the encoder from features.17, on images / on cached maps"] > 0
+    assert not any(weights.requires_grad for weights in small.model.encoder.parameters())
+
+
 def test_a_tutorial_implementation_that_disagrees_is_not_timed(small, monkeypatch):
     monkeypatch.setattr(benchmark, "tutorial_beam", lambda *_: [4, 2])
     with pytest.raises(RuntimeError, match="other captions"):

@@ -164,6 +164,16 @@ def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: in
     train = seconds(lambda: our_loss(features).backward(), repeats)
     tutorial_decoder = seconds(lambda: tutorial_loss(model, each_with_its_features, flat).backward(), repeats)
     tutorial_whole = seconds(lambda: tutorial_loss(model, each_with_its_image, flat).backward(), 1)
+    tuning = {}
+    if block := captioner.about.get("training", {}).get("finetune_from"):
+        model.encoder.split(block)
+        with torch.no_grad():
+            maps = model.encoder.lower(pixels)
+        model.encoder.train_from(block)
+        on_images = seconds(lambda: our_loss(pixels).backward(), repeats)
+        on_maps = seconds(lambda: our_loss(maps).backward(), repeats)
+        tuning[f"step that tunes the encoder from {block}, on images / on cached maps"] = on_images / on_maps
+        model.encoder.train_from(None)
     model.zero_grad()
     model.eval()
     return {
@@ -172,6 +182,7 @@ def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: in
         f"tutorial search, beam 5 / ours, {images} images, encoder included": tutorial_batch / caption_batch,
         "tutorial training step / ours, encoder frozen": tutorial_whole / train,
         "tutorial training step / ours, decoder alone": tutorial_decoder / train,
+        **tuning,
         "milliseconds: encoder, one image": 1000 * encoder_one,
         "milliseconds: caption, one image": 1000 * caption_one,
         "images a second: captioning a batch": images / caption_batch,
