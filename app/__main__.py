@@ -3,11 +3,11 @@
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from captioner import Captioner, CheckpointError
-from captioner.api import DEFAULT_MODEL
+from captioner import Captioner, CheckpointError, list_models
 from captioner.cli import positive
 
 
@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from app.server import create
 
     try:
-        models = {Path(name).name or name: Captioner.from_pretrained(name, options.device) for name in options.model}
+        named = by_display_name(options.model)
+        models = {shown: Captioner.from_pretrained(model, options.device) for shown, model in named.items()}
         auth = read_auth(options.auth_file) if options.auth_file else None
         server = create(models, auth, options.max_upload_mb, options.concurrency, options.queue, options.root_path)
     except (CheckpointError, ValueError, OSError) as error:
@@ -43,7 +44,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="A page that captions photos and shows where the network looked for every word.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", action="append", help="model folder or name; give several to compare them")
+    parser.add_argument(
+        "--model",
+        action="append",
+        help="model folder or name; give several to compare them; without any, all models in the package are offered",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=positive, default=7860, help="port to listen on")
     parser.add_argument("--auth-file", metavar="FILE", help="who may enter: a line NAME:PASSWORD for each")
@@ -53,8 +58,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--root-path", default="", metavar="PATH", help="the page's path behind a reverse proxy")
     parser.add_argument("--device", help="cpu, cuda, mps, or auto for a GPU where there is one (default: cpu)")
     options = parser.parse_args(arguments)
-    options.model = options.model or [DEFAULT_MODEL]
+    options.model = options.model or [model.name for model in list_models()]
     return options
+
+
+def by_display_name(models: Sequence[str]) -> dict[str, str]:
+    """Each model by its name on the page: the last part of its path, or all of it where two models share that part."""
+    last = {model: Path(model).name or model for model in models}
+    count = Counter(last.values())
+    return {model if count[name] > 1 else name: model for model, name in last.items()}
 
 
 def read_auth(path: str) -> list[tuple[str, str]]:

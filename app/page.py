@@ -14,7 +14,7 @@ from captioner import Caption
 from captioner.heatmap import ANCHORS, colour_table
 
 ASSETS = Path(__file__).parent / "assets"
-SAMPLES = ("photographer.jpg", "astronaut.jpg", "cat.jpg")
+SAMPLES = ("photographer.jpg", "astronaut.jpg", "cat.jpg", "coffee.jpg", "raccoon.jpg", "rocket.jpg")
 BATCH = 32  # photographs that go through the network together
 KEEP_SECONDS = 3600  # uploads and downloads are deleted after an hour
 # The fonts of the user's own machine: the page asks no other host for anything.
@@ -29,6 +29,7 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 # The footer in the colour of the text, which can be read on its ground; samples as large as pictures.
 CSS = """
 footer *, .or { color: var(--body-text-color) !important }
+.samples { display: grid; grid-template-columns: repeat(3, 1fr) }
 .sample { flex-direction: column; height: auto; padding: .4rem; font-size: .8rem; min-width: 0 !important }
 .sample img { width: 100%; max-width: 7rem; height: 4.5rem; object-fit: cover; border-radius: 4px; margin: 0 }
 """
@@ -181,14 +182,14 @@ def build(
                         height=320,
                     )
                     files = [samples / name for name in SAMPLES if samples and (samples / name).is_file()]
-                    with gr.Row():
+                    with gr.Row(elem_classes="samples"):
                         for file in files:
                             sample = gr.Button(file.stem.capitalize(), icon=file, min_width=70, elem_classes="sample")
                             sample.click(partial(str, file), None, photo, api_visibility="private", queue=False)
+                    chosen = gr.CheckboxGroup(
+                        names, value=names[:1], label="Models, side by side", visible=len(names) > 1
+                    )
                     with gr.Accordion("Settings", open=False):
-                        chosen = gr.CheckboxGroup(
-                            names, value=names[:1], label="Models, side by side", visible=len(names) > 1
-                        )
                         settings: list[Any] = [
                             gr.Slider(1, 10, 5, step=1, label="Beam size", info="Captions followed at a time."),
                             gr.Slider(1, 10, 3, step=1, label="Captions", info="How many to show."),

@@ -9,12 +9,14 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from captioner.pretrained import DEFAULT_MODEL, list_models
+
 if TYPE_CHECKING:
     from captioner.api import Caption, Captioner
     from captioner.checkpoint import CheckpointError
     from captioner.images import ImageError
 
-__all__ = ["Caption", "Captioner", "CheckpointError", "ImageError", "caption"]
+__all__ = ["Caption", "Captioner", "CheckpointError", "ImageError", "caption", "list_models"]
 
 
 def caption(images: Any, model: str | os.PathLike[str] | None = None, device: str | None = None, **options: Any) -> Any:
@@ -22,15 +24,17 @@ def caption(images: Any, model: str | os.PathLike[str] | None = None, device: st
 
     Args:
         images: a path, bytes, an open file, a PIL image, an array, a tensor; or a list of these.
-        model: a folder, a name, a Hugging Face Hub id; by default the model inside the package.
+        model: a model in the package (see `list_models`), a folder, or a Hugging Face Hub id; see
+            `Captioner.from_pretrained`.
         device: where to compute: "cpu", "cuda", "auto".
         options: see `Captioner.caption`.
     """
-    return _load(None if model is None else os.fspath(model), device).caption(images, **options)
+    name = os.path.abspath(model) if isinstance(model, os.PathLike) else model or DEFAULT_MODEL
+    return _load(name, device).caption(images, **options)
 
 
 @functools.lru_cache(maxsize=2)
-def _load(model: str | None, device: str | None) -> "Captioner":
+def _load(model: str, device: str | None) -> "Captioner":
     # Loading takes longer than captioning: the last models stay in memory.
     return importlib.import_module("captioner.api").Captioner.from_pretrained(model, device)
 

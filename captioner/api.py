@@ -15,11 +15,10 @@ from PIL import Image
 from captioner import heatmap
 from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from captioner.images import MAX_PIXELS, ImageSource, load_image
+from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.search import Hypotheses, beam_search, sample
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
 
-DEFAULT_MODEL = "flickr8k-mobilenet_v2"
-PRETRAINED = Path(__file__).parent / "pretrained"
 MAX_LENGTH = 22
 
 
@@ -181,8 +180,10 @@ class Captioner:
         """Load a model.
 
         Args:
-            name: a folder, or a Hugging Face Hub id ("user/model"), for which the extra `hub` must be installed; by
-                default the model inside the package, which also has the name `DEFAULT_MODEL`.
+            name: a model in the package (see `list_models`), a folder, or a Hugging Face Hub id ("user/model"), for
+                which the extra `hub` must be installed; by default `DEFAULT_MODEL` of `captioner.pretrained`. A
+                string that names a model in the package means that model, even where a folder has the same name:
+                write "./small", or give a `Path`, for the folder.
             device: where to compute; None for the CPU, "auto" for a GPU where there is one.
 
         Raises:
@@ -353,28 +354,30 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def find_model(name: str | os.PathLike[str]) -> Path:
-    """The folder of a model: of one on disk, of the one inside the package, or of one fetched from the Hub.
+    """The folder of a model: one in the package, one on disk, or one fetched from the Hub, looked for in this order.
+
+    A `Path` is a folder on disk, and returned as it is.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    folder = Path(name)
-    if folder.is_dir():
+    folder, packaged = Path(name), model_folders()
+    if isinstance(name, str) and name in packaged:
+        return packaged[name]
+    if not isinstance(name, str) or folder.is_dir():
         return folder
-    if str(name) == DEFAULT_MODEL:
-        return PRETRAINED
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or folder.parent.is_dir():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.parent.is_dir():
         raise CheckpointError(
-            f"there is no model {str(name)!r}: give a folder with model.safetensors, {DEFAULT_MODEL!r}, "
-            "or a Hugging Face Hub id such as 'user/model'"
+            f"there is no model {name!r}: give a model in the package ({', '.join(packaged)}), "
+            "a folder with model.safetensors, or a Hugging Face Hub id such as 'user/model'"
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f"{str(name)!r} is no folder here; to fetch it from the Hugging Face Hub, pip install 'captioner[hub]'"
+            f"{name!r} is no folder here; to fetch it from the Hugging Face Hub, pip install 'captioner[hub]'"
         ) from error
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "model.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "model.safetensors"]))
     except Exception as error:
-        raise CheckpointError(f"cannot fetch {str(name)!r} from the Hugging Face Hub: {error}") from error
+        raise CheckpointError(f"cannot fetch {name!r} from the Hugging Face Hub: {error}") from error

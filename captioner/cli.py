@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
     from captioner.api import Caption, Captioner
@@ -21,6 +23,7 @@ examples:
   captioner photos/ --recursive --format jsonl --output captions.jsonl --heatmaps maps/
   captioner *.jpg --beam-size 3 --alternatives 2
   captioner photos/ --min-confidence 0.4
+  captioner photo.jpg --model small
   captioner photo.jpg --temperature 0.8 --top-p 0.9 --seed 1
   cat photo.jpg | captioner -
 
@@ -69,7 +72,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", choices=("text", "jsonl"), default="text", help="of the output (default: text)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the captions there instead of to stdout")
     parser.add_argument("--heatmaps", metavar="DIR", help="write a picture for each image: every word over its map")
-    parser.add_argument("--model", metavar="MODEL", help="a model folder, or a Hugging Face Hub id")
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="a model in the package, a model folder, or a Hugging Face Hub id (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--list-models", action=ListModels, nargs=0, help="show the models in the package, the default first, and exit"
+    )
     parser.add_argument("--device", help="cpu, cuda, mps, or auto for a GPU where there is one (default: cpu)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
     search = parser.add_argument_group("search")
@@ -100,6 +111,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.images.count("-") > 1:
         parser.error("- can be given once only")
     return options
+
+
+class ListModels(argparse.Action):
+    """Prints the models in the package and ends the command, as `--version` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Called by argparse where the option is given."""
+        print(model_table())
+        parser.exit()
+
+
+def model_table() -> str:
+    """A line for each model in the package, the default first: its size, encoder, image size and scores."""
+    rows = [("name", "MB", "encoder", "image size", "scores")]
+    for model in list_models():
+        scores = [
+            f"{data}: " + ", ".join(f"{metric} {100 * score[metric]:.1f}" for metric in ("BLEU-4", "CIDEr"))
+            for data, score in model.scores.items()
+        ]
+        height, width = model.image_size
+        rows.append((model.name, f"{model.megabytes:.1f}", model.encoder, f"{height} x {width}", "; ".join(scores)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def run(options: argparse.Namespace) -> int:

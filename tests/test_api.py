@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from conftest import PHOTOS
 from PIL import Image
 
 import captioner
-from captioner import Caption, Captioner, CheckpointError, ImageError, caption
-from captioner.api import DEFAULT_MODEL, PRETRAINED
+from captioner import Caption, Captioner, CheckpointError, ImageError, caption, list_models
+from captioner.pretrained import DEFAULT_MODEL
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))
 
@@ -169,9 +170,25 @@ def test_the_function_keeps_the_model_in_memory(small_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such/folder", "/no/such/folder"])
-def test_a_model_that_does_not_exist_is_refused_with_what_might_be_meant(name):
-    with pytest.raises(CheckpointError, match=DEFAULT_MODEL):
+def test_an_unknown_model_is_refused_with_the_names_that_exist(name):
+    names = ", ".join(model.name for model in list_models())
+    with pytest.raises(CheckpointError, match=rf"no model '{name}'.*\({names}\)"):
         Captioner.from_pretrained(name)
+
+
+def test_a_path_that_does_not_exist_is_refused_as_a_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no model folder .*nowhere"):
+        Captioner.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_name_means_the_model_in_the_package_and_a_path_the_folder(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small.save_pretrained(DEFAULT_MODEL)
+    for packaged in (None, DEFAULT_MODEL):
+        assert Captioner.from_pretrained(packaged).about != {"a": 1}
+    for folder in (f"./{DEFAULT_MODEL}", Path(DEFAULT_MODEL)):
+        assert Captioner.from_pretrained(folder).about == {"a": 1}
+        assert same(caption(PATHS[0], model=folder), small.caption(PATHS[0]))
 
 
 def test_a_model_of_the_hub_needs_its_extra_and_says_so(monkeypatch):
@@ -211,32 +228,12 @@ def test_a_device_that_is_not_there_is_refused(small_folder):
 
 
 def test_the_package_has_a_small_face():
-    assert sorted(captioner.__all__) == ["Caption", "Captioner", "CheckpointError", "ImageError", "caption"]
+    assert sorted(captioner.__all__) == [
+        "Caption", "Captioner", "CheckpointError", "ImageError", "caption", "list_models",
+    ]  # fmt: skip
     assert all(hasattr(captioner, name) for name in captioner.__all__)
     with pytest.raises(AttributeError):
         _ = captioner.nothing
-
-
-def test_the_model_in_the_package_captions_the_sample_photos():
-    captions = caption(PATHS, beam_size=5)
-    for found in captions:
-        assert 4 <= len(found.words) <= 20
-        assert found.attention.shape == (len(found.words), 9, 9)
-        assert 0.05 < found.confidence < 1
-    assert len({str(found) for found in captions}) == len(PATHS)
-    people = {"man", "woman", "boy", "girl", "person", "child"}
-    photographer = dict(zip([path.stem for path in PATHS], captions, strict=True))["photographer"]
-    assert people & {word for one in (photographer, *photographer.alternatives) for word in one.words}
-
-
-def test_the_model_in_the_package_is_small_and_says_what_it_is_worth():
-    assert sum(path.stat().st_size for path in PRETRAINED.iterdir() if path.is_file()) <= 30e6
-    about = Captioner.from_pretrained().about
-    # The better of the paper's two on each score, soft or hard attention.
-    paper = {"BLEU-1": 0.67, "BLEU-2": 0.457, "BLEU-3": 0.314, "BLEU-4": 0.213, "METEOR": 0.203}
-    for name, theirs in paper.items():
-        assert about["dev"]["scores"][name] > theirs
-    assert about["command"].startswith("python -m training.train")
 
 
 def test_teacher_forcing_a_models_own_caption_gives_its_probabilities_and_maps(small):

@@ -18,9 +18,9 @@ from conftest import PHOTOS, run_app
 from PIL import Image
 
 from app import service as app_service
-from app.__main__ import main, parse, read_auth
+from app.__main__ import by_display_name, main, parse, read_auth
 from app.service import Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
-from captioner import Caption, Captioner
+from captioner import Caption, Captioner, list_models
 from captioner.explain import explain
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))
@@ -318,6 +318,36 @@ def test_only_those_with_a_password_may_enter(small, tmp_path):
             gradio_client.Client(address, verbose=False)
         inside = gradio_client.Client(address, verbose=False, auth=("ann", "secret:with colon"))
         assert "caption" in ask(inside, PATHS[0])
+
+
+def test_without_a_model_named_all_models_in_the_package_are_offered():
+    assert parse([]).model == [model.name for model in list_models()]
+    assert parse(["--model", "small"]).model == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("models", "shown"),
+    [
+        (["base", "runs/mine"], ["base", "mine"]),
+        (["runs/a/best", "small", "runs/b/best"], ["runs/a/best", "small", "runs/b/best"]),
+        (["small", "./small"], ["small", "./small"]),
+        (["."], ["."]),
+        (["small", "small"], ["small"]),
+    ],
+)
+def test_models_have_distinct_names_on_the_page(models, shown):
+    assert by_display_name(models) == dict(zip(shown, dict.fromkeys(models), strict=True))
+
+
+def test_models_of_the_same_folder_name_are_all_served(small, tmp_path, monkeypatch):
+    folders = [str(tmp_path / run / "best") for run in "ab"]
+    for folder in folders:
+        small.save_pretrained(folder)
+    served = []
+    monkeypatch.setattr("app.server.create", lambda models, *_: served.extend(models))
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    assert main(["--model", folders[0], "--model", folders[1]]) == 0
+    assert served == folders
 
 
 def test_wrong_usage_and_what_cannot_start_is_one_clear_line(tmp_path, capsys):

@@ -202,7 +202,6 @@ def test_two_models_side_by_side_and_one_head_at_a_time(open_page):
     page = open_page()
     upload(page)
     words(page)
-    page.get_by_role("button", name="Settings", exact=False).first.click()
     page.get_by_label("heads").check()
     expect(page.locator("#viewer .result")).to_have_count(2)
     assert words(page, 0)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from conftest import PHOTOS
 from PIL import Image
 
-from captioner import Captioner
+from captioner import Captioner, list_models
 from captioner.cli import main
 
 
@@ -145,6 +146,7 @@ def test_names_with_tabs_and_newlines_stay_on_one_line(small_folder, tmp_path, c
         (["https://example.org/a.jpg"], 1, "download the image first"),
         (["{empty}"], 1, "no image in"),
         (["a.jpg", "--model", "/no/such"], 2, "no model '/no/such'"),
+        (["a.jpg", "--model", "huge"], 2, list_models()[0].name),
         (["a.jpg", "--device", "quantum"], 2, "quantum"),
         (["{cat}", "--min-confidence", "1"], 1, "is below 1"),
         (["{cat}", "--max-megapixels", "0.001"], 1, "too many pixels"),
@@ -178,6 +180,23 @@ def test_help_shows_examples_and_does_not_wait_for_torch(capsys):
     assert "captioner photo.jpg" in capsys.readouterr().out
     code = "import sys, captioner.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_models_in_the_package_are_listed_without_an_image_and_without_torch():
+    command = "main(['--list-models'])"
+    code = f"import sys\nfrom captioner.cli import main\ntry: {command}\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0
+    header, *rows, torch_imported = done.stdout.splitlines()
+    assert torch_imported == "False"
+    assert re.split("  +", header) == ["name", "MB", "encoder", "image size", "scores"]
+    for row, model in zip(rows, list_models(), strict=True):
+        name, megabytes, encoder, image_size, scores = re.split("  +", row)
+        assert (name, encoder) == (model.name, model.encoder)
+        assert float(megabytes) == pytest.approx(model.megabytes, abs=0.05)
+        assert image_size == f"{model.image_size[0]} x {model.image_size[1]}"
+        for data, score in model.scores.items():
+            assert f"{data}: BLEU-4 {100 * score['BLEU-4']:.1f}, CIDEr {100 * score['CIDEr']:.1f}" in scores
 
 
 def command(small_folder, *arguments):
@@ -219,7 +238,8 @@ def test_an_interrupt_leaves_whole_lines(small_folder, tmp_path):
     assert all(line.endswith("\n") and json.loads(line)["caption"] for line in lines)
 
 
-def test_the_model_in_the_package_is_what_the_command_uses(capsys):
-    assert main([str(PHOTOS / "photographer.jpg")]) == 0
-    expected = Captioner.from_pretrained().caption(PHOTOS / "photographer.jpg")
+@pytest.mark.parametrize("name", [None, *(model.name for model in list_models())])
+def test_the_command_uses_the_model_of_that_name_or_the_default(name, capsys):
+    assert main([str(PHOTOS / "photographer.jpg"), *(["--model", name] if name else [])]) == 0
+    expected = Captioner.from_pretrained(name).caption(PHOTOS / "photographer.jpg")
     assert capsys.readouterr().out == f"{expected}\n"

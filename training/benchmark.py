@@ -18,10 +18,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from captioner.api import DEFAULT_MODEL, Captioner
+from captioner.api import Captioner
 from captioner.checkpoint import CheckpointError
 from captioner.decoder import AttentionLSTM, State
 from captioner.model import ShowAttendTell
+from captioner.pretrained import DEFAULT_MODEL
 from captioner.search import allowed, beam_search
 from captioner.vocabulary import END, PAD, START
 from training.losses import caption_loss

@@ -15,11 +15,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from captioner.api import DEFAULT_MODEL, Caption, Captioner
+from captioner.api import Caption, Captioner
 from captioner.checkpoint import CheckpointError, replacing
 from captioner.cli import positive
 from captioner.heatmap import shrink
 from captioner.images import ImageError
+from captioner.pretrained import DEFAULT_MODEL
 from training.datasets import DATASETS, SPLITS, CaptionedImage, DatasetError, read_dataset
 from training.metrics import METRICS, Calibration, Scores, attention_entropy, calibration, diversity, score
 from training.pointing import check_pointing
