@@ -27,9 +27,9 @@ from captioner.encoder import Encoder
 from captioner.images import Preprocessing
 from captioner.vocabulary import END, PAD, SPECIAL, START
 from training import trainer
+from training.batches import ImageSource, MapSource
 from training.datasets import read_dataset
 from training.distributed import Distributed
-from training.batches import ImageSource, MapSource
 from training.features import cached_maps, features_key
 from training.train import main
 
@@ -452,7 +452,7 @@ def test_a_full_disk_is_reported_before_anything_is_computed(root, weights, tmp_
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     photographs = ImageSource(items, Preprocessing(size=(64, 64)), augment=False)
-    with pytest.raises(OSError, match="no room for .* GB of cached features"):
+    with pytest.raises(OSError, match=r"no room for .* GB of cached features"):
         cached_maps(Encoder(grid=(2, 2), weights=weights), photographs, tmp_path, ALONE)
     assert not list(tmp_path.iterdir())
 

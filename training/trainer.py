@@ -324,7 +324,10 @@ class Trainer:
     def read_composed(
         self, batch: Batch, rows: int, composed: Composed | None, output: TeacherForced
     ) -> tuple[TeacherForced, Tensor]:
-        """The output for the batch alone, of `rows` captions an image, and this process's share of the loss on the composed pictures behind it."""
+        """The output for the batch alone, of `rows` captions an image, and the loss on the composed pictures behind it.
+
+        The loss is this process's share of the whole batch's.
+        """
         if composed is None:
             return output, output.logits.new_zeros(())
         output, behind = split_composed(output, len(batch.indices), rows)
