@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from captioner.checkpoint import CheckpointError
     from captioner.images import ImageError
 
+__version__ = "0.1.0"
 __all__ = ["Caption", "Captioner", "CheckpointError", "ImageError", "caption", "list_models"]
 
 

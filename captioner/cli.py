@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from captioner import __version__
 from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="leave out captions that the model is less sure of, 0 to 1; the README says what to expect",
     )
     parser.add_argument("--max-megapixels", type=float, metavar="N", help="larger images are refused (default: 100)")
-    parser.add_argument("--version", action="version", version=package_version())
+    parser.add_argument("--version", action="version", version=f"captioner {__version__}")
     options = parser.parse_args(arguments)
     if options.temperature is not None and not options.temperature > 0:
         parser.error(f"--temperature must be above 0, not {options.temperature}")
@@ -293,16 +294,6 @@ def natural(text: str) -> int:
     if number < 0:
         raise argparse.ArgumentTypeError(f"cannot be negative, but is {number}")
     return number
-
-
-def package_version() -> str:
-    """The version that is installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"captioner {version('captioner')}"
-    except PackageNotFoundError:
-        return "captioner, not installed"
 
 
 if __name__ == "__main__":
