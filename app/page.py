@@ -3,15 +3,27 @@
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from app.service import Refused, Service, Settings, as_csv, as_json, as_zip, return_memory, settings_of, view
+from app.service import (
+    PHOTO_WIDTH,
+    Refused,
+    Service,
+    Settings,
+    as_csv,
+    as_json,
+    as_zip,
+    return_memory,
+    settings_of,
+    view,
+)
 from captioner import Caption
-from captioner.heatmap import ANCHORS, colour_table
+from captioner.heatmap import ANCHORS, colour_table, shrink
 
 ASSETS = Path(__file__).parent / "assets"
 SAMPLES = ("photographer.jpg", "astronaut.jpg", "cat.jpg", "coffee.jpg", "raccoon.jpg", "rocket.jpg")
@@ -150,7 +162,9 @@ def build(
             for path, one in zip(part, answer(list(part), [settings] * len(part)), strict=True):
                 name = Path(path).name
                 if isinstance(one, Caption):
-                    good.append((name, one))
+                    # The gallery and the heatmaps need no more of the photograph than this, and there may be many.
+                    small = shrink(one.image, PHOTO_WIDTH, enlarge=False)
+                    good.append((name, replace(one, image=small, alternatives=())))
                     rows.append({"file": name, "confidence": round(one.confidence, 3), **plain(one)})
                 else:
                     rows.append({"file": name, "error": one})

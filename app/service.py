@@ -20,7 +20,7 @@ from captioner.explain import explain
 from captioner.heatmap import shrink, upsample
 from captioner.images import MAX_PIXELS, load_image
 
-PHOTO_WIDTH = 720  # pixels of the photograph on the page
+PHOTO_WIDTH = 720  # pixels of the photograph on the page, which is at most twice as high
 MAP_SIZE = 28  # rows and columns of a map on the page, which the browser makes smooth
 MOST_CAPTIONS, MOST_WORDS = 10, 50
 
@@ -152,7 +152,7 @@ def return_memory() -> None:
 
 def view(caption: Caption) -> dict[str, Any]:
     """A caption as the page shows it: the photograph, and for every word its maps, which the browser lays over it."""
-    photo = shrink(caption.image, min(PHOTO_WIDTH, caption.image.width))
+    photo = shrink(caption.image, PHOTO_WIDTH, enlarge=False)
     return {
         "photo": data_uri(photo),
         "width": photo.width,
@@ -221,6 +221,7 @@ def as_zip(names: Sequence[str], captions: Sequence[Caption]) -> bytes:
                 number += 1
             taken.add(entry)
             picture = io.BytesIO()
-            (caption.figure() if caption.words else caption.image).save(picture, "JPEG", quality=88)
+            figure = caption.figure() if caption.words else shrink(caption.image, PHOTO_WIDTH, enlarge=False)
+            figure.save(picture, "JPEG", quality=88)
             archive.writestr(entry, picture.getvalue())
     return buffer.getvalue()

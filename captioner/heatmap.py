@@ -42,13 +42,13 @@ def overlay(
     Raises:
         ValueError: the weights are no map, or there is no such colour map.
     """
-    heat = upsample(weights, image.size, displacement)
-    coloured = colour_table(colours)[(255 * heat).round().astype(np.uint8)]
-    photo = np.asarray(image.convert("RGB"), dtype=np.float32)
+    heat = (255 * upsample(weights, image.size, displacement)).round().astype(np.uint8)
+    mask, lit = Image.fromarray(heat), image.convert("RGB").copy()
     # Attended places are lit in the map's bright colours; the rest is dimmed, but stays recognisable.
-    dimmed = photo * (1 - 0.55 * strength * (1 - heat[..., None]))
-    cover = strength * heat[..., None]
-    return Image.fromarray((dimmed * (1 - cover) + coloured * cover).clip(0, 255).astype(np.uint8))
+    lit.paste("black", mask=mask.point([round(0.55 * strength * (255 - value)) for value in range(256)]))
+    coloured = Image.fromarray(colour_table(colours).round().astype(np.uint8)[heat])
+    lit.paste(coloured, mask=mask.point([round(strength * value) for value in range(256)]))
+    return lit
 
 
 def upsample(weights: np.ndarray, size: tuple[int, int], displacement: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
@@ -105,7 +105,7 @@ def figure(
         image: the photograph.
         words: the T words.
         attention: (T, rows, columns).
-        tile: width of one picture in pixels.
+        tile: width of one picture in pixels; a photograph more than twice as high as wide stands in its middle.
         columns: pictures in a row; by default about as many as make the figure twice as wide as high.
         strength, colours, displacement: see `overlay`.
 
@@ -117,18 +117,20 @@ def figure(
     label = max(14, tile // 9)
     count = len(words) + 1
     if columns is None:
-        columns = min(count, max(3, math.ceil(math.sqrt(2 * count * (photo.height + label) / photo.width))))
+        columns = min(count, max(3, math.ceil(math.sqrt(2 * count * (photo.height + label) / tile))))
     gap = max(2, tile // 40)
-    step_x, step_y = photo.width + gap, photo.height + label + gap
+    step_x, step_y = tile + gap, photo.height + label + gap
     canvas = Image.new("RGB", (columns * step_x - gap, math.ceil(count / columns) * step_y - gap), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=label * 0.72)
+    margin = (tile - photo.width) // 2
     for number in range(count):
         x, y = number % columns * step_x, number // columns * step_y
         if number == 0:
-            canvas.paste(photo, (x, y + label))
+            canvas.paste(photo, (x + margin, y + label))
         else:
-            canvas.paste(overlay(photo, attention[number - 1], strength, colours, displacement), (x, y + label))
-            draw.text((x + photo.width / 2, y + label / 2), words[number - 1], "black", font, anchor="mm")
+            lit = overlay(photo, attention[number - 1], strength, colours, displacement)
+            canvas.paste(lit, (x + margin, y + label))
+            draw.text((x + tile / 2, y + label / 2), words[number - 1], "black", font, anchor="mm")
     return canvas
 
 
@@ -146,7 +148,7 @@ def animation(
 
     Args:
         image, words, attention, strength, colours, displacement: as in `figure`.
-        width: of the frames, in pixels.
+        width: of the frames, in pixels; a photograph more than twice as high as wide stands in their middle.
 
     Raises:
         ValueError: there is not one map for each word.
@@ -154,12 +156,13 @@ def animation(
     check_maps(words, attention)
     photo = shrink(image, width)
     font = ImageFont.load_default(size=width / 22)
-    lines = wrap(words, font, photo.width - 16)
+    lines = wrap(words, font, width - 16)
     height = math.ceil(width / 16)
     frames = []
     for current in range(len(words)):
-        frame = Image.new("RGB", (photo.width, photo.height + height * len(lines) + 12), "white")
-        frame.paste(overlay(photo, attention[current], strength, colours, displacement))
+        frame = Image.new("RGB", (width, photo.height + height * len(lines) + 12), "white")
+        lit = overlay(photo, attention[current], strength, colours, displacement)
+        frame.paste(lit, ((width - photo.width) // 2, 0))
         draw = ImageDraw.Draw(frame)
         for number, line in enumerate(lines):
             x = 8.0
@@ -202,10 +205,21 @@ def wrap(words: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFon
     return lines
 
 
-def shrink(image: Image.Image, width: int) -> Image.Image:
-    """The image in RGB and of that width, in its own proportions."""
-    height = max(1, round(image.height * width / image.width))
-    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+def shrink(image: Image.Image, width: int, enlarge: bool = True) -> Image.Image:
+    """The image in RGB, in its own proportions, as large as fits `width` pixels and a height of twice as many.
+
+    A side is at least one pixel, so that a very thin image gets a little wider than it is.
+
+    Args:
+        image: any image.
+        width: in pixels.
+        enlarge: also make an image larger that is smaller than that.
+    """
+    scale = min(width / image.width, 2 * width / image.height)
+    if not enlarge:
+        scale = min(scale, 1)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def check_maps(words: Sequence[str], attention: np.ndarray) -> None:

@@ -1,6 +1,8 @@
 """The demo's server: captions as data, the API, many people at once, and what it refuses."""
 
+import base64
 import csv
+import dataclasses
 import io
 import json
 import threading
@@ -17,7 +19,6 @@ import pytest
 from conftest import PHOTOS, run_app
 from PIL import Image
 
-from app import service as app_service
 from app.__main__ import by_display_name, main, parse, read_auth
 from app.service import Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
 from captioner import Caption, Captioner, list_models
@@ -116,7 +117,7 @@ def test_the_view_has_a_map_for_every_word_of_every_caption(default):
     for each in shown["captions"]:
         for word in each["words"]:
             (packed,) = word["maps"]
-            heat = np.frombuffer(app_service.base64.b64decode(packed), np.uint8)
+            heat = np.frombuffer(base64.b64decode(packed), np.uint8)
             assert heat.shape == (28 * 28,)
             assert heat.max() == 255
             assert 0 < word["confidence"] <= 1
@@ -148,6 +149,22 @@ def test_files_of_many_captions(default):
     table = list(csv.DictReader(io.StringIO(as_csv(rows).decode("utf-8-sig"))))
     assert [row["file"] for row in table] == ["'=a.jpg", "é.jpg"]  # a spreadsheet takes no name for a formula
     assert json.loads(as_json(rows)) == rows
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (4, 70_000), (70_000, 4), (1, 1)])
+def test_a_thin_photo_is_shown_and_saved_as_small_as_others(small, size):
+    caption = small.caption(Image.new("RGB", size, "red"), max_length=4)
+    wordless = dataclasses.replace(caption, words=(), attention=caption.attention[:0])
+    shown = view(caption)
+    assert 1 <= shown["width"] <= 720
+    assert 1 <= shown["height"] <= 1440
+    with Image.open(io.BytesIO(base64.b64decode(shown["photo"].split(",")[1]))) as photo:
+        assert photo.size == (shown["width"], shown["height"])
+    with zipfile.ZipFile(io.BytesIO(as_zip(["a.png", "b.png"], [caption, wordless]))) as archive:
+        for name in archive.namelist():
+            width, height = Image.open(io.BytesIO(archive.read(name))).size
+            assert width <= 5 * 230
+            assert height <= 1440
 
 
 def test_the_api_gives_what_the_library_gives(client, default):

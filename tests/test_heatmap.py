@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from captioner.heatmap import ANCHORS, animation, colour_table, figure, overlay, save_animation, upsample
+from captioner.heatmap import ANCHORS, animation, colour_table, figure, overlay, save_animation, shrink, upsample
 
 PHOTO = Image.new("RGB", (120, 80), (90, 90, 90))
 WORDS = ["a", "dog", "runs"]
@@ -85,6 +85,50 @@ def test_long_captions_wrap_into_rows_of_a_readable_width():
     attention = np.stack([one_hot(0, 0)] * 19)
     width, height = figure(PHOTO, ["word"] * 19, attention, tile=100).size
     assert 0.8 < width / height < 4
+
+
+# Width and height of pictures so thin that one side decides nothing about the other.
+THIN = [(1, 300), (300, 1), (4, 70_000), (70_000, 4), (1, 1)]
+
+
+@pytest.mark.parametrize("size", THIN)
+def test_pictures_of_a_thin_photo_are_no_larger_than_those_of_others(size):
+    photo = Image.new("RGB", size, (90, 90, 90))
+    attention = np.stack([one_hot(0, 0), one_hot(3, 5), one_hot(1, 2)])
+    assert overlay(photo, attention[0]).size == size
+    whole = figure(photo, WORDS, attention, tile=100, columns=2)
+    assert whole.width == 2 * 100 + 2
+    assert whole.height <= 2 * (200 + 14) + 2
+    for frame in animation(photo, WORDS, attention, width=100):
+        assert frame.width == 100
+        assert frame.height <= 200 + 100
+
+
+@pytest.mark.parametrize(
+    ("size", "enlarge", "expected"),
+    [
+        ((300, 200), True, (100, 67)),
+        ((100, 300), True, (67, 200)),  # no more than twice as high as wide is allowed
+        ((10, 10), True, (100, 100)),
+        ((10, 10), False, (10, 10)),
+        ((1, 300), False, (1, 200)),
+        ((1, 300), True, (1, 200)),
+        ((300, 1), True, (100, 1)),
+        ((4, 70_000), True, (1, 200)),
+        ((70_000, 4), True, (100, 1)),
+        ((1, 1), True, (100, 100)),
+    ],
+)
+def test_a_photo_is_scaled_into_a_box_and_keeps_its_proportions(size, enlarge, expected):
+    small = shrink(Image.new("L", size), 100, enlarge)
+    assert (small.size, small.mode) == (expected, "RGB")
+
+
+def test_a_thin_photo_stands_in_the_middle_of_its_place():
+    attention = np.stack([one_hot(0, 0)])
+    whole = np.asarray(figure(Image.new("RGB", (20, 200), "red"), ["dog"], attention, tile=100))
+    red = np.flatnonzero((whole[14:, :100] == (255, 0, 0)).all(axis=(0, 2)))
+    assert (red[0], red[-1]) == (40, 59)
 
 
 def test_an_animation_has_a_frame_a_word_and_can_be_saved(tmp_path):

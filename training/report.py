@@ -11,6 +11,7 @@ from PIL import Image
 
 from captioner.api import Caption
 from captioner.checkpoint import replacing
+from captioner.heatmap import shrink
 from training.datasets import CaptionedImage
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> s
     """One photograph with all there is to say of it."""
     references = "".join(f"<li>{html.escape(reference)}</li>" for reference in item.captions)
     figures = " · ".join(f"{name} {100 * value:.0f}" for name, value in scores.items() if name[:4] != "BLEU")
-    picture = caption.figure(tile=TILE) if caption.words else caption.image
+    picture = caption.figure(tile=TILE) if caption.words else shrink(caption.image, TILE)
     return f"""<article>
 <h3>{html.escape(caption.sentence())}</h3>
 <p class="scores">{html.escape(item.path.name)} · {figures} · confidence {caption.confidence:.2f}</p>
