@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Sequence
@@ -158,6 +159,7 @@ def view(caption: Caption) -> dict[str, Any]:
         "width": photo.width,
         "height": photo.height,
         "heads": caption.heads,
+        "regions": math.prod(caption.attention.shape[1:]),
         "captions": [caption_view(each) for each in (caption, *caption.alternatives)],
     }
 
@@ -173,17 +175,23 @@ def caption_view(caption: Caption) -> dict[str, Any]:
             {
                 "word": word,
                 "confidence": float(np.exp(caption.word_log_probabilities[number])),
-                "maps": [pack(caption.maps(head)[number], caption.displacement) for head in heads],
+                "maps": [packed_map(caption.maps(head)[number], caption.displacement) for head in heads],
             }
             for number, word in enumerate(caption.words)
         ],
     }
 
 
-def pack(weights: np.ndarray, displacement: tuple[float, float]) -> str:
-    """A map as base64 of MAP_SIZE * MAP_SIZE bytes, the largest 255."""
+def packed_map(weights: np.ndarray, displacement: tuple[float, float]) -> dict[str, Any]:
+    """A map for the browser.
+
+    Returns:
+        bytes: base64 of MAP_SIZE * MAP_SIZE bytes, the largest 255; peak: the map's largest weight, as a multiple of
+        an even map's, for which that 255 stands.
+    """
     heat = upsample(weights, (MAP_SIZE, MAP_SIZE), displacement)
-    return base64.b64encode((255 * heat).round().astype(np.uint8).tobytes()).decode()
+    packed = base64.b64encode((255 * heat).round().astype(np.uint8).tobytes()).decode()
+    return {"bytes": packed, "peak": float(weights.max() * weights.size)}
 
 
 def data_uri(picture: Image.Image) -> str:

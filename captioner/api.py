@@ -104,38 +104,44 @@ class Caption:
             raise IndexError(f"there is no head {head}; this model has {self.heads}, counted from 0")
         return self.attention if self.head_attention is None else self.head_attention[:, head]
 
-    def heatmap(self, word: str | int, head: int | None = None, **options: Any) -> Image.Image:
+    def heatmap(self, word: str | int, head: int | None = None, scale: str = "caption", **options: Any) -> Image.Image:
         """The photograph with the places lit up that the model looked at as it said `word`.
 
         Args:
             word: the word, or its position.
             head: which head's map; None for the mean over the heads.
+            scale: what the brightest colour stands for: "caption" for the largest weight of all words, so that pictures
+                of several words can be compared; "word" for the word's own.
             options: see `captioner.heatmap.overlay`.
 
         Raises:
             KeyError: the caption has no such word.
             IndexError: there is no such head.
+            ValueError: there is no such scale.
         """
-        lit = self.maps(head)[self.index(word)]
-        return heatmap.overlay(self.image, lit, displacement=self.displacement, **options)
+        maps, index = self.maps(head), self.index(word)
+        top = heatmap.scale_tops(maps, scale)[index]
+        return heatmap.overlay(self.image, maps[index], displacement=self.displacement, largest=top, **options)
 
-    def figure(self, head: int | None = None, **options: Any) -> Image.Image:
-        """The photograph, then each word over its map, in a grid as in the paper's Figure 2.
+    def figure(self, head: int | None = None, scale: str = "caption", **options: Any) -> Image.Image:
+        """The photograph, then each word over its map, in a grid as in the paper's Figure 2, with a legend.
 
         Args:
-            head: as in `heatmap`.
+            head, scale: as in `heatmap`.
             options: see `captioner.heatmap.figure`.
         """
-        return heatmap.figure(self.image, self.words, self.maps(head), displacement=self.displacement, **options)
+        maps = self.maps(head)
+        return heatmap.figure(self.image, self.words, maps, scale=scale, displacement=self.displacement, **options)
 
-    def animation(self, head: int | None = None, **options: Any) -> list[Image.Image]:
+    def animation(self, head: int | None = None, scale: str = "caption", **options: Any) -> list[Image.Image]:
         """One frame a word, for `captioner.heatmap.save_animation`.
 
         Args:
-            head: as in `heatmap`.
+            head, scale: as in `heatmap`.
             options: see `captioner.heatmap.animation`.
         """
-        return heatmap.animation(self.image, self.words, self.maps(head), displacement=self.displacement, **options)
+        maps = self.maps(head)
+        return heatmap.animation(self.image, self.words, maps, scale=scale, displacement=self.displacement, **options)
 
     def to_dict(self, attention: bool = False) -> dict[str, Any]:
         """Plain data, ready for JSON.

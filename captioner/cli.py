@@ -74,6 +74,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-o", "--output", metavar="FILE", help="write the captions there instead of to stdout")
     parser.add_argument("--heatmaps", metavar="DIR", help="write a picture for each image: every word over its map")
     parser.add_argument(
+        "--heatmap-scale",
+        choices=("caption", "word"),
+        default="caption",
+        help="brightness up to the largest weight of the whole caption, or of each word (default: caption)",
+    )
+    parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
         metavar="MODEL",
@@ -195,7 +201,7 @@ def caption_all(captioner: "Captioner", inputs: Sequence[Input], options: argpar
                 failed += 1
                 say(f"captioner: {error}")
             elif options.heatmaps and caption.words:
-                save_heatmap(caption, Path(options.heatmaps), item.name, taken)
+                save_heatmap(caption, Path(options.heatmaps), item.name, taken, options.heatmap_scale)
             output.write(line(item.path, caption, error, options.format, alone))
             output.flush()
             done += 1
@@ -250,7 +256,7 @@ def line(path: str, caption: "Caption | None", error: str, style: str, alone: bo
     return "\t".join([escaped, *captions]) + "\n"
 
 
-def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path]) -> None:
+def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path], scale: str) -> None:
     """Write the figure of a caption to `folder`/`name`.png, with a number where that name is taken in this run."""
     path = folder / f"{name}.png"
     number = 2
@@ -259,7 +265,7 @@ def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path]) 
         number += 1
     taken.add(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    caption.figure().save(path)
+    caption.figure(scale=scale).save(path)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ class Explanation:
         scores: float32 (rows, columns), how well each region answered, before softmax; None where there are several
             heads, or none of the regions is scored.
         weights: float32 (rows, columns), alpha, the mean over the heads; sums to 1.
+        entropies: `normalised_entropy` of the weights, then of each head's where there are several, whose mean is
+            more even than they are.
         beta: how far the context vector was let in, 0 to 1; None where the decoder has no such gate.
         candidates: the likeliest next words and their probabilities, the likeliest first.
     """
@@ -28,6 +30,7 @@ class Explanation:
     word: str
     scores: np.ndarray | None
     weights: np.ndarray
+    entropies: tuple[float, ...]
     beta: float | None
     candidates: tuple[tuple[str, float], ...]
 
@@ -37,9 +40,25 @@ class Explanation:
             "word": self.word,
             "scores": None if self.scores is None else self.scores.tolist(),
             "weights": self.weights.tolist(),
+            "entropies": list(self.entropies),
             "beta": self.beta,
             "candidates": [{"word": word, "probability": probability} for word, probability in self.candidates],
         }
+
+
+def normalised_entropy(weights: np.ndarray) -> float:
+    """How widely a map is spread: its entropy - sum_i alpha_i ln alpha_i as a share of the largest possible, ln L.
+
+    Args:
+        weights: of L regions, of any shape; they sum to 1.
+
+    Returns:
+        0 where one region has all the weight, 1 where all regions have the same.
+    """
+    if weights.size == 1:
+        return 1.0
+    some = weights[weights > 0]
+    return float(-(some * np.log(some)).sum() / np.log(weights.size))
 
 
 @torch.inference_mode()
@@ -71,13 +90,16 @@ def explain(captioner: Captioner, image: ImageSource, caption: Caption, candidat
     for index in said:
         scores = decoder.attention.scores(state.hidden, scene.keys) if scored else None
         step = decoder.step(scene, state, last)
+        heads = step.alpha[0, 0].cpu().numpy()
+        weights = heads.mean(axis=0)
         probabilities = allowed(step.logits, before, 0).softmax(dim=-1)[0, 0]
         best = probabilities.topk(min(candidates, len(words)))
         steps.append(
             Explanation(
                 words[index],
                 None if scores is None else scores.view(grid).cpu().numpy(),
-                step.alpha.mean(dim=2).view(grid).cpu().numpy(),
+                weights.reshape(grid),
+                tuple(map(normalised_entropy, (weights, *heads) if len(heads) > 1 else (weights,))),
                 None if step.beta is None else float(step.beta),
                 tuple(
                     (words[choice], probability)

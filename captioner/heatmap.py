@@ -20,21 +20,29 @@ ANCHORS = {
 }
 
 
+GREY = "#707070"  # for small text, which can be read on white
+
+# One scale for all words of a caption shows which of them look at one place and which look everywhere; a scale for each
+# word shows best where a word looks, but an almost even map as brightly as a sharp one.
+SCALES = ("caption", "word")
+
+
 def overlay(
     image: Image.Image,
     weights: np.ndarray,
     strength: float = 0.65,
     colours: str = "inferno",
     displacement: tuple[float, float] = (0.0, 0.0),
+    largest: float | None = None,
 ) -> Image.Image:
     """The image with the places of large weight lit up and the others darkened.
 
     Args:
         image: the photograph, RGB.
         weights: (rows, columns) attention weights of one word over the whole image.
-        strength: how much of the photograph the colours cover where the weight is largest, 0 to 1.
+        strength: how much of the photograph the colours cover at the top of the scale, 0 to 1.
         colours: "viridis", "magma" or "inferno".
-        displacement: see `upsample`.
+        displacement, largest: see `upsample`.
 
     Returns:
         An RGB image of the size of `image`.
@@ -42,7 +50,7 @@ def overlay(
     Raises:
         ValueError: the weights are no map, or there is no such colour map.
     """
-    heat = (255 * upsample(weights, image.size, displacement)).round().astype(np.uint8)
+    heat = (255 * upsample(weights, image.size, displacement, largest)).round().astype(np.uint8)
     mask, lit = Image.fromarray(heat), image.convert("RGB").copy()
     # Attended places are lit in the map's bright colours; the rest is dimmed, but stays recognisable.
     lit.paste("black", mask=mask.point([round(0.55 * strength * (255 - value)) for value in range(256)]))
@@ -51,13 +59,19 @@ def overlay(
     return lit
 
 
-def upsample(weights: np.ndarray, size: tuple[int, int], displacement: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
-    """Weights (rows, columns) as a smooth map (height, width) whose largest value is 1.
+def upsample(
+    weights: np.ndarray,
+    size: tuple[int, int],
+    displacement: tuple[float, float] = (0.0, 0.0),
+    largest: float | None = None,
+) -> np.ndarray:
+    """Weights (rows, columns) as a smooth map (height, width) of numbers from 0 to 1.
 
     Args:
         size: width and height in pixels.
         displacement: how far up and how far left of its middle each region is seen from, as a share of the
             image's height and width.
+        largest: the weight that becomes 1, the top of the scale; larger ones do too. By default the map's own largest.
 
     Raises:
         ValueError: the weights are not a 2-D array of numbers of which none is negative and one is positive.
@@ -72,7 +86,29 @@ def upsample(weights: np.ndarray, size: tuple[int, int], displacement: tuple[flo
     grid = Image.fromarray(np.pad(weights / weights.max(), ((0, math.ceil(down)), (0, math.ceil(right))), mode="edge"))
     box = (right, down, right + columns, down + rows)
     smooth = np.asarray(grid.resize(size, Image.Resampling.BICUBIC, box))
-    return (smooth / smooth.max()).clip(0, 1)
+    # However smoothing changed it, the peak stands for the map's largest weight.
+    return (smooth / smooth.max() * (weights.max() / (largest or weights.max()))).clip(0, 1)
+
+
+def scale_tops(attention: np.ndarray, scale: str) -> np.ndarray:
+    """The weight at the top of each word's scale, which the brightest colour stands for, float32 (T,).
+
+    Args:
+        attention: (T, rows, columns).
+        scale: "caption" for one scale, up to the largest weight of all words; "word" for each word's own.
+
+    Raises:
+        ValueError: there is no such scale.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"no scale {scale!r}; choose one of {', '.join(SCALES)}")
+    peaks = np.asarray(attention, dtype=np.float32).max(axis=(1, 2), initial=0)
+    return np.full_like(peaks, peaks.max(initial=0)) if scale == "caption" else peaks
+
+
+def multiple(weight: float, regions: int) -> str:
+    """A weight as a multiple of an even map's, which is 1 / regions: "7.1x"."""
+    return f"{weight * regions:.1f}x"
 
 
 def colour_table(name: str) -> np.ndarray:
@@ -93,24 +129,28 @@ def figure(
     words: Sequence[str],
     attention: np.ndarray,
     *,
+    scale: str = "caption",
     tile: int = 224,
     columns: int | None = None,
     strength: float = 0.65,
     colours: str = "inferno",
     displacement: tuple[float, float] = (0.0, 0.0),
 ) -> Image.Image:
-    """The photograph, then every word over its map, in a grid (Xu et al. 2015, figure 2).
+    """The photograph, then every word over its map, in a grid (Xu et al. 2015, figure 2), and a legend.
+
+    Beside each word stands its largest weight, as a multiple of an even map's.
 
     Args:
         image: the photograph.
         words: the T words.
         attention: (T, rows, columns).
+        scale: "caption" or "word"; see `scale_tops`.
         tile: width of one picture in pixels; a photograph more than twice as high as wide stands in its middle.
         columns: pictures in a row; by default about as many as make the figure twice as wide as high.
         strength, colours, displacement: see `overlay`.
 
     Raises:
-        ValueError: there is not one map for each word.
+        ValueError: there is not one map for each word, or no such scale.
     """
     check_maps(words, attention)
     photo = shrink(image, tile)
@@ -120,17 +160,60 @@ def figure(
         columns = min(count, max(3, math.ceil(math.sqrt(2 * count * (photo.height + label) / tile))))
     gap = max(2, tile // 40)
     step_x, step_y = tile + gap, photo.height + label + gap
-    canvas = Image.new("RGB", (columns * step_x - gap, math.ceil(count / columns) * step_y - gap), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=label * 0.72)
+    width, height = columns * step_x - gap, math.ceil(count / columns) * step_y
+    font = ImageFont.load_default(size=label * 0.72)
+    tops, regions = scale_tops(attention, scale), math.prod(attention.shape[1:])
+    shared = (tops.max(initial=0) or None) if scale == "caption" else None
+    key = legend(min(width, 2 * tile), label, regions, shared, strength, colours)
+    canvas = Image.new("RGB", (width, height + key.height), "white")
+    canvas.paste(key, (0, height))
+    draw = ImageDraw.Draw(canvas)
     margin = (tile - photo.width) // 2
-    for number in range(count):
+    canvas.paste(photo, (margin, label))
+    for number, (word, weights, top) in enumerate(zip(words, attention, tops, strict=True), 1):
         x, y = number % columns * step_x, number // columns * step_y
-        if number == 0:
-            canvas.paste(photo, (x + margin, y + label))
-        else:
-            lit = overlay(photo, attention[number - 1], strength, colours, displacement)
-            canvas.paste(lit, (x + margin, y + label))
-            draw.text((x + tile / 2, y + label / 2), words[number - 1], "black", font, anchor="mm")
+        canvas.paste(overlay(photo, weights, strength, colours, displacement, top), (x + margin, y + label))
+        peak = multiple(weights.max(), regions)
+        left = x + (tile - font.getlength(f"{word} {peak}")) / 2
+        draw.text((left, y + label / 2), word, "black", font, anchor="lm")
+        draw.text((left + font.getlength(f"{word} "), y + label / 2), peak, GREY, font, anchor="lm")
+    return canvas
+
+
+def legend(
+    width: int, line: int, regions: int, top: float | None, strength: float = 0.65, colours: str = "inferno"
+) -> Image.Image:
+    """The colours of a scale, as they look over middle grey, with numbers that are multiples of an even map's weight.
+
+    Args:
+        width: of the picture, in pixels.
+        line: height of a line of text and of the bar, in pixels.
+        regions: L, how many regions there are; the weight 1 / L of an even map is marked on the bar.
+        top: the weight at the end of the bar; None where it is another for each word.
+        strength, colours: see `overlay`.
+    """
+    font = ImageFont.load_default(size=line * 0.6)
+    start, end = "0 ", " the word's largest" if top is None else f" {multiple(top, regions)}"
+    left = math.ceil(font.getlength(start))
+    # As much room for every number, so that the bar keeps its length from frame to frame of an animation.
+    right = max(left + 1, width - math.ceil(max(font.getlength(end), font.getlength(" 000.0x"))))
+    text = f"1x{'' if top is None else ' (marked)'}: the weight of an even map, 1/{regions}".split(" ")
+    lines = wrap(text, font, width)
+    canvas = Image.new("RGB", (width, line * (1 + len(lines))), "white")
+    grey = Image.new("RGB", (right - left, round(line * 0.6)), "#808080")
+    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
+    canvas.paste(overlay(grey, ramp, strength, colours), (left, round(line * 0.2)))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((0, line / 2), start, "black", font, anchor="lm")
+    draw.text((right, line / 2), end, "black", font, anchor="lm")
+    if top is not None:
+        x = left + (right - left - 1) / max(top * regions, 1)
+        thick = max(1, line // 12)
+        draw.line([(x, 0), (x, line)], "white", 3 * thick)
+        draw.line([(x, 0), (x, line)], "black", thick)
+    for number, places in enumerate(lines, 1):
+        sentence = " ".join(text[place] for place in places)
+        draw.text((0, line * (number + 0.5)), sentence, GREY, font, anchor="lm")
     return canvas
 
 
@@ -139,19 +222,20 @@ def animation(
     words: Sequence[str],
     attention: np.ndarray,
     *,
+    scale: str = "caption",
     width: int = 480,
     strength: float = 0.65,
     colours: str = "inferno",
     displacement: tuple[float, float] = (0.0, 0.0),
 ) -> list[Image.Image]:
-    """One frame a word: the photograph under the word's map, and the sentence below it, the word in black.
+    """One frame a word: the photograph under the word's map, the sentence with the word in black, and a legend.
 
     Args:
-        image, words, attention, strength, colours, displacement: as in `figure`.
+        image, words, attention, scale, strength, colours, displacement: as in `figure`.
         width: of the frames, in pixels; a photograph more than twice as high as wide stands in their middle.
 
     Raises:
-        ValueError: there is not one map for each word.
+        ValueError: there is not one map for each word, or no such scale.
     """
     check_maps(words, attention)
     photo = shrink(image, width)
@@ -159,15 +243,18 @@ def animation(
     lines = wrap(words, font, width - 16)
     height = math.ceil(width / 16)
     frames = []
-    for current in range(len(words)):
-        frame = Image.new("RGB", (width, photo.height + height * len(lines) + 12), "white")
-        lit = overlay(photo, attention[current], strength, colours, displacement)
+    for current, top in enumerate(scale_tops(attention, scale)):
+        key = legend(width - 16, math.ceil(width / 20), attention[current].size, top, strength, colours)
+        foot = photo.height + height * len(lines) + 12
+        frame = Image.new("RGB", (width, foot + key.height + 4), "white")
+        lit = overlay(photo, attention[current], strength, colours, displacement, top)
         frame.paste(lit, ((width - photo.width) // 2, 0))
+        frame.paste(key, (8, foot))
         draw = ImageDraw.Draw(frame)
         for number, line in enumerate(lines):
             x = 8.0
             for index in line:
-                colour = "black" if index == current else "#8a8a8a"
+                colour = "black" if index == current else GREY
                 draw.text((x, photo.height + 6 + number * height), words[index], colour, font)
                 x += font.getlength(words[index] + " ")
         frames.append(frame)

@@ -1,5 +1,6 @@
 """What a user imports: photographs in, captions out."""
 
+import dataclasses
 import io
 import json
 import math
@@ -145,6 +146,22 @@ def test_pictures_of_a_caption_cover_the_whole_photo():
     assert found.heatmap("dog").size == (60, 40)
     assert found.figure(tile=60, columns=4).width == 4 * 60 + 3 * 2
     assert len(found.animation(width=100)) == 3
+
+
+def test_a_caption_has_one_scale_for_all_words_unless_each_is_to_have_its_own():
+    found = made("a dog runs")
+    sharp = np.zeros_like(found.attention)
+    sharp[:, 0, 0] = 0.5, 0.25, 1
+    found = dataclasses.replace(found, attention=sharp)
+    pictures = {scale: [found.heatmap(n, scale=scale).tobytes() for n in range(3)] for scale in ("caption", "word")}
+    assert len(set(pictures["word"])) == 1
+    assert len(set(pictures["caption"])) == 3
+    assert pictures["caption"][2] == pictures["word"][2]
+    assert found.heatmap("dog").tobytes() == pictures["caption"][1]
+    assert found.figure().tobytes() == found.figure(scale="caption").tobytes() != found.figure(scale="word").tobytes()
+    assert found.animation(scale="word")[1].tobytes() != found.animation()[1].tobytes()
+    with pytest.raises(ValueError, match="no scale 'image'"):
+        found.heatmap("dog", scale="image")
 
 
 def test_a_caption_is_ready_for_json(small):

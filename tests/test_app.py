@@ -16,13 +16,14 @@ from pathlib import Path
 import gradio_client
 import numpy as np
 import pytest
-from conftest import PHOTOS, run_app
+from conftest import PHOTOS, run_app, small_model
 from PIL import Image
 
 from app.__main__ import by_display_name, main, parse, read_auth
 from app.service import Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
 from captioner import Caption, Captioner, list_models
-from captioner.explain import explain
+from captioner.checkpoint import Checkpoint
+from captioner.explain import explain, normalised_entropy
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))
 DEFAULTS = (5, 3, 22, False, 1.0, 0.9, 0)
@@ -117,10 +118,13 @@ def test_the_view_has_a_map_for_every_word_of_every_caption(default):
     for each in shown["captions"]:
         for word in each["words"]:
             (packed,) = word["maps"]
-            heat = np.frombuffer(base64.b64decode(packed), np.uint8)
+            heat = np.frombuffer(base64.b64decode(packed["bytes"]), np.uint8)
             assert heat.shape == (28 * 28,)
             assert heat.max() == 255
             assert 0 < word["confidence"] <= 1
+    assert shown["regions"] == caption.attention[0].size
+    peaks = [word["maps"][0]["peak"] for word in shown["captions"][0]["words"]]
+    assert peaks == pytest.approx([weights.max() / weights.mean() for weights in caption.attention], rel=1e-4)
 
 
 def test_the_numbers_of_each_step_are_those_that_made_the_caption(default):
@@ -129,6 +133,8 @@ def test_the_numbers_of_each_step_are_those_that_made_the_caption(default):
     assert [step.word for step in steps] == [*caption.words, "<end>"]
     for step, weights, told in zip(steps, caption.attention, caption.word_log_probabilities, strict=False):
         assert np.allclose(step.weights, weights, atol=1e-5)
+        (entropy,) = step.entropies
+        assert entropy == pytest.approx(-(weights * np.log(weights)).sum() / np.log(weights.size), abs=1e-4)
         softmax = np.exp(step.scores - step.scores.max())
         assert np.allclose(softmax / softmax.sum(), weights, atol=1e-5)
         assert 0 < step.beta < 1
@@ -137,6 +143,24 @@ def test_the_numbers_of_each_step_are_those_that_made_the_caption(default):
         if step.word in probabilities:
             assert np.log(probabilities[step.word]) == pytest.approx(told, abs=1e-4)
     assert json.dumps([step.to_dict() for step in steps])
+
+
+def test_the_entropy_of_a_map_is_a_share_of_an_even_maps():
+    assert normalised_entropy(np.full((2, 3), 1 / 6)) == pytest.approx(1)
+    assert normalised_entropy(np.array([[0.0, 1.0], [0.0, 0.0]])) == 0
+    assert normalised_entropy(np.array([0.5, 0.5, 0.0, 0.0])) == pytest.approx(0.5)
+    assert normalised_entropy(np.ones((1, 1))) == 1
+
+
+@pytest.mark.parametrize("options", [{"attention": "multi_head", "heads": 2}, {"decoder": "transformer", "heads": 2}])
+def test_each_head_has_an_entropy_and_their_mean_is_the_most_even(small, options):
+    network = small_model(len(small.vocabulary), **options, annotation_size=12, hidden_size=12, attention_size=12)
+    heads = Captioner(Checkpoint(network, small.vocabulary, small.preprocessing))
+    caption = heads.caption(PATHS[0], max_length=3)
+    for step in explain(heads, caption.image, caption):
+        mean, *each = step.entropies
+        assert len(each) == caption.heads
+        assert mean >= np.mean(each) - 1e-6
 
 
 def test_files_of_many_captions(default):

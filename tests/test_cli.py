@@ -110,6 +110,15 @@ def test_heatmaps_are_written_and_never_over_each_other(small_folder, photos, tm
     assert all(Image.open(maps / name).width > 200 for name in found)
 
 
+def test_the_scale_of_heatmaps_can_be_chosen(small_folder, tmp_path):
+    cat = PHOTOS / "cat.jpg"
+    for scale in ("caption", "word"):
+        run(small_folder, cat, "--heatmaps", tmp_path / scale, "--heatmap-scale", scale)
+    run(small_folder, cat, "--heatmaps", tmp_path / "default")
+    caption, word, default = ((tmp_path / name / "cat.jpg.png").read_bytes() for name in ("caption", "word", "default"))
+    assert caption == default != word
+
+
 def test_heatmaps_do_not_change_the_captions(small_folder, tmp_path, capsys):
     run(small_folder, PHOTOS)
     plain = capsys.readouterr().out

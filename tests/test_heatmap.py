@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from captioner.heatmap import ANCHORS, animation, colour_table, figure, overlay, save_animation, shrink, upsample
+from captioner.heatmap import (
+    ANCHORS,
+    animation,
+    colour_table,
+    figure,
+    legend,
+    overlay,
+    save_animation,
+    scale_tops,
+    shrink,
+    upsample,
+)
 
 PHOTO = Image.new("RGB", (120, 80), (90, 90, 90))
 WORDS = ["a", "dog", "runs"]
@@ -75,10 +86,75 @@ def test_a_figure_has_a_place_for_the_photo_and_every_word():
     attention = np.stack([one_hot(0, 0), one_hot(3, 5), one_hot(1, 2)])
     whole = figure(PHOTO, WORDS, attention, tile=120, columns=2)
     label = 14
-    assert whole.size == (2 * 120 + 3, 2 * (80 + label) + 3)
+    key = legend(2 * 120, label, regions=24, top=1.0)
+    assert whole.size == (2 * 120 + 3, 2 * (80 + label + 3) + key.height)
     assert np.array_equal(np.asarray(whole.crop((0, label, 120, label + 80))), np.asarray(PHOTO))
     second = whole.crop((123, 80 + label + 3 + label, 243, 2 * (80 + label) + 3))
     assert np.array_equal(np.asarray(second), np.asarray(overlay(PHOTO, attention[2])))
+
+
+def spread(peak, shape=(4, 6)):
+    """A map whose largest weight is `peak`, at (1, 2), and whose other weights are alike."""
+    weights = np.full(shape, (1 - peak) / (shape[0] * shape[1] - 1), np.float32)
+    weights[1, 2] = peak
+    return weights
+
+
+def brightness(picture):
+    return np.asarray(picture.convert("L")).max()
+
+
+def test_one_scale_for_the_caption_tells_an_even_map_from_a_sharp_one():
+    attention = np.stack([spread(1 / 24), spread(0.3), spread(0.9)])
+    assert scale_tops(attention, "caption") == pytest.approx([0.9] * 3)
+    assert scale_tops(attention, "word") == pytest.approx([1 / 24, 0.3, 0.9])
+    shown = {
+        scale: [
+            brightness(overlay(PHOTO, weights, largest=top))
+            for weights, top in zip(attention, scale_tops(attention, scale), strict=True)
+        ]
+        for scale in ("caption", "word")
+    }
+    assert shown["caption"][0] < brightness(PHOTO) < shown["caption"][2]
+    assert shown["caption"][0] < shown["caption"][1] < shown["caption"][2] - 20
+    assert shown["word"] == [shown["caption"][2]] * 3
+
+
+def test_a_map_on_a_scale_is_its_share_of_the_top():
+    heat = upsample(spread(0.3), (120, 80), largest=0.9)
+    assert heat.max() == pytest.approx(1 / 3)
+    assert heat[-1, -1] == pytest.approx(0.7 / 23 / 0.9, abs=0.005)
+    assert upsample(spread(0.3), (120, 80), largest=0.1).max() == 1
+
+
+def test_an_unknown_scale_is_refused_with_those_there_are():
+    attention = np.stack([one_hot(0, 0)] * 3)
+    for draw in (figure, animation):
+        with pytest.raises(ValueError, match="no scale 'image'; choose one of caption, word"):
+            draw(PHOTO, WORDS, attention, scale="image")
+
+
+def test_figures_and_animations_of_the_two_scales_differ_where_the_weights_do():
+    attention = np.stack([spread(0.2), spread(0.9)])
+    same, other = (figure(PHOTO, WORDS[:2], attention, scale=scale, tile=120) for scale in ("caption", "word"))
+    places = [(120 * n + 3 * n, 14, 120 * n + 3 * n + 120, 94) for n in range(3)]  # the photo, then the words
+    different = [same.crop(place).tobytes() != other.crop(place).tobytes() for place in places]
+    assert different == [False, True, False]
+    same, other = (animation(PHOTO, WORDS[:2], attention, scale=scale) for scale in ("caption", "word"))
+    assert [one.tobytes() != two.tobytes() for one, two in zip(same, other, strict=True)] == [True, False]
+
+
+def test_the_legend_shows_the_colours_from_none_to_the_top_and_marks_an_even_map():
+    key = np.asarray(legend(300, 20, regions=24, top=0.25)).astype(int)  # six times 1 / 24
+    row = key[5]
+    bar = np.flatnonzero((row != 255).any(axis=1))
+    bar = np.arange(bar[0], bar[-1] + 1)
+    assert np.abs(row[bar[0]] - 128 * (1 - 0.55 * 0.65)).max() < 3  # the grey, dimmed
+    assert np.abs(row[bar[-1]] - (128 * 0.35 + colour_table("inferno")[255] * 0.65)).max() < 3
+    mark = np.flatnonzero((key[0] == 0).all(axis=1))
+    assert mark.mean() == pytest.approx(bar[0] + len(bar) / 6, abs=2)
+    without = np.asarray(legend(300, 20, regions=24, top=None))
+    assert not (without[0] == 0).all(axis=1).any()
 
 
 def test_long_captions_wrap_into_rows_of_a_readable_width():
@@ -98,7 +174,7 @@ def test_pictures_of_a_thin_photo_are_no_larger_than_those_of_others(size):
     assert overlay(photo, attention[0]).size == size
     whole = figure(photo, WORDS, attention, tile=100, columns=2)
     assert whole.width == 2 * 100 + 2
-    assert whole.height <= 2 * (200 + 14) + 2
+    assert whole.height <= 2 * (200 + 14 + 2) + 4 * 14
     for frame in animation(photo, WORDS, attention, width=100):
         assert frame.width == 100
         assert frame.height <= 200 + 100
@@ -127,7 +203,7 @@ def test_a_photo_is_scaled_into_a_box_and_keeps_its_proportions(size, enlarge, e
 def test_a_thin_photo_stands_in_the_middle_of_its_place():
     attention = np.stack([one_hot(0, 0)])
     whole = np.asarray(figure(Image.new("RGB", (20, 200), "red"), ["dog"], attention, tile=100))
-    red = np.flatnonzero((whole[14:, :100] == (255, 0, 0)).all(axis=(0, 2)))
+    red = np.flatnonzero((whole[14:214, :100] == (255, 0, 0)).all(axis=(0, 2)))
     assert (red[0], red[-1]) == (40, 59)
 
 

@@ -36,6 +36,11 @@ function bar(name, share, text) {
   return make("div", { class: "row" }, make("span", {}, name), make("div", { class: "track" }, fill), make("span", { class: "number" }, text));
 }
 
+function mapName(step, number) {
+  if (number > 0) return `head ${number}`;
+  return step.entropies.length > 1 ? "mean of heads" : "entropy";
+}
+
 function render() {
   const root = element.querySelector(".steps");
   if (!root) return;
@@ -63,6 +68,9 @@ function render() {
       make("h3", {}, `${step.scores ? 2 : 1}. Weights alpha, in percent`),
       make("p", {}, "Softmax makes the scores positive, and 100 together."),
       grid(step.weights.map((row) => row.map((value) => 100 * value)), 1, "Attention weights in percent"),
+      make("h3", {}, "Entropy of the weights"),
+      make("p", {}, `As a share of the largest possible, log ${step.weights.flat().length}: 100 % for an even map, 0 % where one region has all the weight.`),
+      ...step.entropies.map((share, number) => bar(mapName(step, number), share, `${(100 * share).toFixed(1)} %`)),
     );
     const right = make("div");
     if (step.beta !== null) {

@@ -1,6 +1,6 @@
 // The photograph, the words of its caption, and the map of the word that is pointed at. Everything a hover needs is
 // here already: no word asks the server.
-const view = { strength: 0.65, colours: "inferno", head: 0 };
+const view = { strength: 0.65, colours: "inferno", head: 0, scale: "caption" };
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -13,31 +13,60 @@ function make(tag, attributes = {}, ...children) {
 }
 
 const percent = (share) => `${Math.round(100 * share)} %`;
+const times = (multiple) => `${multiple.toFixed(1)}×`;
 
-// As captioner.heatmap.overlay: dim what was not looked at, cover what was with the map's colours.
-function layers(map, size, strength, table) {
-  const heat = Uint8Array.from(atob(map), (letter) => letter.charCodeAt(0));
+// As captioner.heatmap.overlay: dim what was not looked at, cover what was with the map's colours. `heat` are bytes.
+function layers(heat, width) {
+  const table = props.tables[view.colours];
   return [
-    (value) => [0, 0, 0, 255 * 0.55 * strength * (1 - value / 255)],
-    (value) => [...table[value], strength * value],
+    (value) => [0, 0, 0, 255 * 0.55 * view.strength * (1 - value / 255)],
+    (value) => [...table[value], view.strength * value],
   ].map((colour) => {
-    const layer = make("canvas", { width: size, height: size });
-    const pixels = new ImageData(size, size);
+    const layer = make("canvas", { width, height: heat.length / width });
+    const pixels = new ImageData(width, heat.length / width);
     heat.forEach((value, place) => pixels.data.set(colour(value), 4 * place));
     layer.getContext("2d").putImageData(pixels, 0, 0);
     return layer;
   });
 }
 
-function draw(canvas, photo, map) {
+function cover(canvas, heat, width) {
+  const context = canvas.getContext("2d");
+  for (const layer of layers(heat, width)) context.drawImage(layer, 0, 0, canvas.width, canvas.height);
+}
+
+// `map` has the bytes of a map whose largest is 255, and `peak`, which that largest weight is as a multiple of an even
+// map's weight; `top` is the multiple that the brightest colour stands for.
+function draw(canvas, photo, map, top) {
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = true;
   context.imageSmoothingQuality = "high";
   context.drawImage(photo, 0, 0, canvas.width, canvas.height);
   if (!map) return;
-  for (const layer of layers(map, props.map_size, view.strength, props.tables[view.colours])) {
-    context.drawImage(layer, 0, 0, canvas.width, canvas.height);
+  const bytes = Uint8Array.from(atob(map.bytes), (letter) => Math.round((letter.charCodeAt(0) * map.peak) / top));
+  cover(canvas, bytes, props.map_size);
+}
+
+// The colours from 0 to the top of the scale, as they look over middle grey, and where an even map's weight is.
+function legend(regions) {
+  const ramp = make("canvas", { width: 256, height: 1, role: "img" });
+  const mark = make("span", { class: "mark" });
+  const end = make("span", { class: "number" });
+  const note = make("p", { class: "note" });
+  const node = make("div", { class: "legend", "aria-live": "off" },
+    make("span", {}, "0"), make("span", { class: "ramp" }, ramp, mark), end, note);
+  function show(top) {
+    const context = ramp.getContext("2d");
+    context.fillStyle = "#808080";
+    context.fillRect(0, 0, 256, 1);
+    cover(ramp, Uint8Array.from({ length: 256 }, (_, place) => place), 256);
+    end.textContent = top ? times(top) : "the word’s largest";
+    ramp.setAttribute("aria-label", `Colours of the weights, from 0 to ${end.textContent}`);
+    mark.hidden = !top;
+    mark.style.left = `${top ? 100 / top : 0}%`;
+    note.textContent = `1×${top ? " (marked)" : ""}: the weight of an even map, 1/${regions}`;
   }
+  return { node, show };
 }
 
 function result(one, alone) {
@@ -51,11 +80,19 @@ function result(one, alone) {
   const others = make("ul", { class: "others" });
   const caption = () => one.captions[chosen];
   const mapOf = (word) => word.maps[Math.min(view.head, word.maps.length - 1)];
+  const scale = legend(one.regions);
+  // The top of the scale: the largest weight of all words, or of this one; null where no word is shown.
+  function topOf(word) {
+    if (view.scale === "word") return word ? mapOf(word).peak : null;
+    return Math.max(0, ...caption().words.map((each) => mapOf(each).peak)) || null;
+  }
 
   function show(number) {
     const word = caption().words[number];
-    draw(canvas, photo, word && mapOf(word));
-    canvas.setAttribute("aria-label", caption().text + (word ? ` Lit: where the network looked for “${word.word}”.` : ""));
+    draw(canvas, photo, word && mapOf(word), topOf(word));
+    scale.show(topOf(word));
+    const lit = word && ` Lit: where the network looked for “${word.word}”, at most ${times(mapOf(word).peak)} an even map.`;
+    canvas.setAttribute("aria-label", caption().text + (lit || ""));
     canvas.dataset.word = word ? word.word : "";
     [...words.children].forEach((button, place) => button.setAttribute("aria-pressed", String(place === number)));
   }
@@ -75,7 +112,7 @@ function result(one, alone) {
             type: "button",
             class: "word",
             style: `--sure: ${word.confidence}`,
-            title: `${percent(word.confidence)} sure of this word`,
+            title: `${percent(word.confidence)} sure of this word; its largest weight is ${times(mapOf(word).peak)} an even map’s`,
             onmouseenter: () => show(place),
             onmouseleave: () => show(pinned),
             onfocus: () => show(place),
@@ -88,14 +125,14 @@ function result(one, alone) {
     );
     strip.replaceChildren(
       ...caption().words.map((word, place) => {
-        const small = make("canvas", { width: 160, height: Math.round((160 * one.height) / one.width), role: "img" });
+        const small = make("canvas", { width: 160, height: Math.max(1, Math.round((160 * one.height) / one.width)), role: "img" });
         small.setAttribute("aria-label", `Where the network looked for “${word.word}” in: ${caption().text}`);
-        draw(small, photo, mapOf(word));
+        draw(small, photo, mapOf(word), topOf(word));
         return make(
           "figure",
           { onmouseenter: () => show(place), onmouseleave: () => show(pinned), onclick: () => pin(place) },
           small,
-          make("figcaption", {}, word.word),
+          make("figcaption", {}, word.word, " ", make("span", { class: "number" }, times(mapOf(word).peak))),
         );
       }),
     );
@@ -158,12 +195,18 @@ function result(one, alone) {
   );
   const node = make("section", { class: "result", "aria-label": one.model });
   if (!alone) node.append(make("p", { class: "model" }, one.model));
-  node.append(words, make("div", { class: "stage" }, canvas), make("div", { class: "bar" }, play, copy, download));
+  node.append(words, make("div", { class: "stage" }, canvas), scale.node, make("div", { class: "bar" }, play, copy, download));
   node.append(make("h3", {}, "Where it looked, word by word"), strip);
   if (one.captions.length > 1) node.append(make("h3", {}, "The captions it thought of"), others);
   photo.onload = () => choose(0);
   photo.src = one.photo;
-  return { node, redraw: () => photo.complete && choose(chosen) };
+  function redraw() {
+    if (!photo.complete) return;
+    const kept = pinned;
+    choose(chosen);
+    if (kept >= 0) pin(kept);
+  }
+  return { node, redraw };
 }
 
 function render() {
@@ -184,7 +227,11 @@ function render() {
     class: "strength", type: "range", min: 0.1, max: 1, step: 0.05, value: view.strength,
     oninput: () => { view.strength = Number(strength.value); redraw(); },
   });
-  const bar = make("div", { class: "bar display" }, make("label", {}, "Colours", colours), make("label", {}, "Strength", strength));
+  const scale = make("select", { class: "scale", onchange: () => { view.scale = scale.value; redraw(); } });
+  scale.append(make("option", { value: "caption" }, "one for the caption"), make("option", { value: "word" }, "each word its own"));
+  scale.value = view.scale;
+  const bar = make("div", { class: "bar display" },
+    make("label", {}, "Scale", scale), make("label", {}, "Colours", colours), make("label", {}, "Strength", strength));
   const heads = Math.max(...value.results.map((one) => one.heads));
   if (heads > 1) {
     const head = make("select", { class: "head", onchange: () => { view.head = Number(head.value); redraw(); } });
