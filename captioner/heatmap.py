@@ -54,8 +54,9 @@ def overlay(
     mask, lit = Image.fromarray(heat), image.convert("RGB").copy()
     # Attended places are lit in the map's bright colours; the rest is dimmed, but stays recognisable.
     lit.paste("black", mask=mask.point([round(0.55 * strength * (255 - value)) for value in range(256)]))
+    # The square root keeps weights in the middle of the scale visible, which a linear cover of dark colours would not.
     coloured = Image.fromarray(colour_table(colours).round().astype(np.uint8)[heat])
-    lit.paste(coloured, mask=mask.point([round(strength * value) for value in range(256)]))
+    lit.paste(coloured, mask=mask.point([round(strength * math.sqrt(255 * value)) for value in range(256)]))
     return lit
 
 

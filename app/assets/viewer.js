@@ -20,7 +20,7 @@ function layers(heat, width) {
   const table = props.tables[view.colours];
   return [
     (value) => [0, 0, 0, 255 * 0.55 * view.strength * (1 - value / 255)],
-    (value) => [...table[value], view.strength * value],
+    (value) => [...table[value], view.strength * Math.sqrt(255 * value)],
   ].map((colour) => {
     const layer = make("canvas", { width, height: heat.length / width });
     const pixels = new ImageData(width, heat.length / width);
@@ -47,19 +47,24 @@ function draw(canvas, photo, map, top) {
   cover(canvas, bytes, props.map_size);
 }
 
-// The colours from 0 to the top of the scale, as they look over middle grey, and where an even map's weight is.
-function legend(regions) {
+// The colours from 0 to the top of the scale, as they look over middle grey, where an even map's weight is, and the
+// choice of the scale, which all results share.
+function legend(regions, redraw) {
   const ramp = make("canvas", { width: 256, height: 1, role: "img" });
   const mark = make("span", { class: "mark" });
   const end = make("span", { class: "number" });
-  const note = make("p", { class: "note" });
+  const note = make("span", {});
+  const scale = make("select", { class: "scale", onchange: () => { view.scale = scale.value; redraw(); } },
+    make("option", { value: "caption" }, "one for the caption"), make("option", { value: "word" }, "each word its own"));
   const node = make("div", { class: "legend", "aria-live": "off" },
-    make("span", {}, "0"), make("span", { class: "ramp" }, ramp, mark), end, note);
+    make("span", {}, "0"), make("span", { class: "ramp" }, ramp, mark), end,
+    make("div", { class: "note" }, note, make("label", {}, "Scale", scale)));
   function show(top) {
     const context = ramp.getContext("2d");
     context.fillStyle = "#808080";
     context.fillRect(0, 0, 256, 1);
     cover(ramp, Uint8Array.from({ length: 256 }, (_, place) => place), 256);
+    scale.value = view.scale;
     end.textContent = top ? times(top) : "the word’s largest";
     ramp.setAttribute("aria-label", `Colours of the weights, from 0 to ${end.textContent}`);
     mark.hidden = !top;
@@ -69,7 +74,7 @@ function legend(regions) {
   return { node, show };
 }
 
-function result(one, alone) {
+function result(one, alone, redrawAll) {
   const photo = new Image();
   let chosen = 0;
   let pinned = -1; // the word that was clicked; a hover shows another only while it lasts
@@ -80,7 +85,7 @@ function result(one, alone) {
   const others = make("ul", { class: "others" });
   const caption = () => one.captions[chosen];
   const mapOf = (word) => word.maps[Math.min(view.head, word.maps.length - 1)];
-  const scale = legend(one.regions);
+  const scale = legend(one.regions, redrawAll);
   // The top of the scale: the largest weight of all words, or of this one; null where no word is shown.
   function topOf(word) {
     if (view.scale === "word") return word ? mapOf(word).peak : null;
@@ -218,8 +223,8 @@ function render() {
     root.replaceChildren(make("p", value && value.error ? { class: "hint", role: "alert" } : { class: "hint" }, text));
     return;
   }
-  const shown = value.results.map((one) => result(one, value.results.length === 1));
   const redraw = () => shown.forEach((each) => each.redraw());
+  const shown = value.results.map((one) => result(one, value.results.length === 1, redraw));
   const colours = make("select", { class: "colours", onchange: () => { view.colours = colours.value; redraw(); } });
   Object.keys(props.tables).forEach((name) => colours.append(make("option", { value: name }, name)));
   colours.value = view.colours;
@@ -227,11 +232,7 @@ function render() {
     class: "strength", type: "range", min: 0.1, max: 1, step: 0.05, value: view.strength,
     oninput: () => { view.strength = Number(strength.value); redraw(); },
   });
-  const scale = make("select", { class: "scale", onchange: () => { view.scale = scale.value; redraw(); } });
-  scale.append(make("option", { value: "caption" }, "one for the caption"), make("option", { value: "word" }, "each word its own"));
-  scale.value = view.scale;
-  const bar = make("div", { class: "bar display" },
-    make("label", {}, "Scale", scale), make("label", {}, "Colours", colours), make("label", {}, "Strength", strength));
+  const bar = make("div", { class: "bar display" }, make("label", {}, "Colours", colours), make("label", {}, "Strength", strength));
   const heads = Math.max(...value.results.map((one) => one.heads));
   if (heads > 1) {
     const head = make("select", { class: "head", onchange: () => { view.head = Number(head.value); redraw(); } });
