@@ -2,6 +2,7 @@
 
 import json
 import re
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -97,6 +98,51 @@ def test_the_report_needs_no_other_file_and_escapes_what_people_wrote(model, roo
     pictures = re.findall(r"<img [^>]*>", page)
     assert len(pictures) == 10  # five images, each among the worst and among the best
     assert all(re.search(r'alt="[^"]+"', picture) for picture in pictures)
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its tags with their attributes, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_names_and_words_that_look_like_html_are_text_in_the_report(root, tmp_path):
+    script, picture = "<script>alert(1)</script>", "<img src=x onerror=alert(1)>"
+    words = ["<img/src=x/onerror=alert(1)>", '"onmouseover="alert(1)', "'><b>", "</article>", "&lt;i&gt;"]
+    torch.manual_seed(0)
+    sizes = {"annotation_size": 16, "attention_size": 16, "embedding_size": 16, "hidden_size": 16}
+    network = ShowAttendTell(ModelConfig(len(words) + 4, grid=(2, 2), **sizes))
+    model = tmp_path / picture
+    Captioner(Checkpoint(network, Vocabulary(words), Preprocessing(size=(64, 64)))).save_pretrained(model)
+    photos, texts = root / "Flicker8k_Dataset", root / "Flickr8k_text"
+    (photos / "red.jpg").rename(photos / f"{picture}.jpg")
+    for file in texts.iterdir():
+        file.write_text(file.read_text().replace("red.jpg", f"{picture}.jpg").replace("<b>red</b>", script))
+    assert run(model, root, tmp_path / "out", "--beam-size", "1") == 0
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert {tag for tag, _ in page.tags} <= set(
+        "html head meta title style body h1 h2 h3 p a table tr th td code article img ul li".split()
+    )
+    for tag, attributes in page.tags:
+        assert set(attributes) <= {"lang", "charset", "name", "content", "id", "href", "class", "alt", "src", "loading"}
+        if tag == "img":
+            assert attributes["src"].startswith("data:image/jpeg;base64,")
+    captions = {one["caption"] for one in json.loads((tmp_path / "out" / "captions.json").read_text())}
+    assert {attributes["alt"] for tag, attributes in page.tags if tag == "img"} == captions
+    for caption in captions:
+        assert set(caption.split()) <= set(words)
+        assert f"{caption[0].upper()}{caption[1:]}." in page.text
+    for text in (script, f"{picture}.jpg", f"{model} on flickr8k dev"):
+        assert text in page.text
 
 
 def test_the_worst_stand_before_the_best(model, root, tmp_path):
