@@ -20,6 +20,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from captioner import Captioner
 from captioner.checkpoint import Checkpoint
 from captioner.images import Preprocessing
+from captioner.vocabulary import Vocabulary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync".split()
@@ -138,7 +139,8 @@ def test_a_row_of_pictures_an_animation_and_the_other_captions(open_page, defaul
     caption = default.caption(PHOTO, alternatives=2)
     first = words(page)
     figures = page.locator("#viewer .strip figure")
-    assert figures.all_inner_texts() == first
+    peaks = [f"{weights.max() * weights.size:.1f}×" for weights in caption.attention]
+    assert figures.all_inner_texts() == [f"{word} {peak}" for word, peak in zip(first, peaks, strict=True)]
     buttons = page.locator("#viewer .others button")
     assert [text.split("\n")[0] for text in buttons.all_inner_texts()] == [
         one.sentence() for one in (caption, *caption.alternatives)
@@ -198,6 +200,39 @@ def test_settings_change_the_caption_and_its_looks(open_page, default):
     assert np.abs(picture(page) - before).mean() > 2
 
 
+def test_the_legend_tells_how_strong_attention_is_and_the_scale_can_be_chosen_from_the_keyboard(open_page, default):
+    page = open_page()
+    upload(page)
+    words(page)
+    caption = default.caption(PHOTO, alternatives=2)
+    peaks = [weights.max() * weights.size for weights in caption.attention]
+    weakest = int(np.argmin(peaks))
+    legend, scale = page.locator("#viewer .legend"), page.get_by_label("Scale")
+    page.locator("#viewer .word").nth(weakest).click()
+    expect(legend.locator(".number")).to_have_text(f"{max(peaks):.1f}×")
+    expect(legend.locator(".note > span")).to_have_text(
+        f"1× (marked): the weight of an even map, 1/{caption.attention[0].size}"
+    )
+    ramp, mark = legend.locator(".ramp").bounding_box(), legend.locator(".mark").bounding_box()
+    assert (mark["x"] + mark["width"] / 2 - ramp["x"]) / ramp["width"] == pytest.approx(1 / max(peaks), abs=0.01)
+    shared = picture(page)
+    scale.focus()
+    page.keyboard.press("ArrowDown")
+    expect(scale).to_have_value("word")
+    expect(page.locator("#viewer .word").nth(weakest)).to_have_attribute("aria-pressed", "true")
+    expect(legend.locator(".number")).to_have_text(f"{peaks[weakest]:.1f}×")
+    expect(scale).to_be_focused()
+    own = picture(page)
+    for shown, name in ((shared, "caption"), (own, "word")):
+        ours = caption.heatmap(weakest, scale=name).resize((shown.shape[1], shown.shape[0]))
+        assert np.abs(shown - np.asarray(ours)).mean() < 6
+    assert own.max(axis=2).mean() > shared.max(axis=2).mean() + 10  # a weak map is stretched to full brightness
+    page.locator("#viewer .word").nth(weakest).click()
+    page.mouse.move(2, 2)
+    expect(legend.locator(".number")).to_have_text("the word’s largest")
+    expect(legend.locator(".mark")).to_be_hidden()
+
+
 def test_two_models_side_by_side_and_one_head_at_a_time(open_page):
     page = open_page()
     upload(page)
@@ -211,6 +246,10 @@ def test_two_models_side_by_side_and_one_head_at_a_time(open_page):
     before = canvas.evaluate("canvas => canvas.toDataURL()")
     page.locator("#viewer .head").select_option("2")
     assert canvas.evaluate("canvas => canvas.toDataURL()") != before
+    notes = page.locator("#viewer .legend .note > span")
+    assert [text.rpartition("/")[2] for text in notes.all_inner_texts()] == ["81", "6"]
+    page.get_by_label("Scale").first.select_option("word")
+    assert [page.get_by_label("Scale").nth(number).input_value() for number in range(2)] == ["word", "word"]
 
 
 def test_many_photos_with_a_broken_one_among_them(open_page, default, tmp_path):
@@ -257,6 +296,11 @@ def test_how_it_works_shows_the_numbers_of_every_step(open_page, default):
         expect(page.locator("#steps mark")).to_have_text(word)
         weights = page.get_by_label("Attention weights in percent").locator("td").all_inner_texts()
         assert sum(map(float, weights)) == pytest.approx(100, abs=3)
+        entropy = float(page.locator("#steps .entropy .number").inner_text().removesuffix(" %"))
+        alpha = np.array(weights, float) / 100
+        assert entropy == pytest.approx(
+            -100 * (alpha * np.log(np.maximum(alpha, 1e-9))).sum() / np.log(alpha.size), abs=5
+        )
         seen.append(page.locator("#steps").inner_text())
         page.keyboard.press("ArrowRight")
     assert len(set(seen)) == len(seen)
@@ -264,6 +308,87 @@ def test_how_it_works_shows_the_numbers_of_every_step(open_page, default):
     slider.press("Home")
     slider.press("ArrowRight")
     screenshot(page, "steps.jpg")
+
+
+def test_the_entropy_of_each_head_stands_beside_that_of_their_mean(open_page):
+    page = open_page()
+    page.get_by_label("heads").check()
+    page.get_by_label("default").uncheck()
+    upload(page)
+    words(page)
+    page.get_by_role("tab", name="How it works").click()
+    rows = page.locator("#steps .entropy .row")
+    expect(rows).to_have_count(3)
+    names, shares = zip(*(row.split("\n")[:: len(row.split("\n")) - 1] for row in rows.all_inner_texts()), strict=True)
+    assert names == ("mean of heads", "head 1", "head 2")
+    mean, *each = (float(share.removesuffix(" %")) for share in shares)
+    assert mean >= np.mean(each) - 0.1
+    assert len(set(shares)) > 1
+
+
+def test_thin_photos_take_no_more_room_than_others_and_lose_no_batch(open_page, tmp_path):
+    thin = [tmp_path / f"{width}x{height}.png" for width, height in ((1, 300), (4, 70_000), (70_000, 4))]
+    for path in thin:
+        Image.new("RGB", tuple(map(int, path.stem.split("x"))), "red").save(path)
+    page = open_page()
+    for path in thin[:2]:
+        upload(page, path)
+        words(page)
+        assert page.locator("#viewer .stage canvas").bounding_box()["height"] <= 0.85 * 900 + 1
+        assert page.locator("#viewer .strip canvas").first.bounding_box()["height"] <= 14 * 16
+        page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+        expect(page.locator("#viewer .word")).to_have_count(0)
+    page.get_by_role("tab", name="Many photos").click()
+    page.set_input_files("#many input[type=file]", [str(path) for path in (*thin, PHOTO)])
+    expect(page.locator("#many")).to_contain_text("photographer")
+    page.get_by_role("button", name="Caption them all").click()
+    expect(page.locator("#download-heat")).to_be_enabled(timeout=60_000)
+    with page.expect_download() as download:
+        page.locator("#download-heat").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        assert sorted(archive.namelist()) == sorted(f"{path.stem}.jpg" for path in (*thin, PHOTO))
+
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def test_names_and_words_that_look_like_html_are_text_on_the_page(browser, default, tmp_path):
+    texts = [f"<img/src=x/onerror=alert({number})>" for number in range(4)] + ['"onmouseover="alert(4)']
+    torch.manual_seed(0)
+    hostile = Captioner(Checkpoint(small_model(len(texts) + 4), Vocabulary(texts), Preprocessing(size=(64, 64))))
+    name = f"</script><script>alert(5)</script>{HOSTILE}"
+    photo = tmp_path / f"{HOSTILE}.jpg"
+    shutil.copy(PHOTO, photo)
+    broken = tmp_path / "<svg onload=alert(6)>.jpg"
+    broken.write_text("no picture")
+    caption = hostile.caption(PHOTO, alternatives=2)
+    assert "<img" in str(caption)
+    with run_app({name: hostile, "default": default}) as address:
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        ran: list[str] = []
+        page.on("dialog", lambda dialog: (ran.append(dialog.message), dialog.dismiss()))
+        page.goto(address)
+        page.wait_for_selector("#photo input[type=file]", state="attached")
+        expect(page.get_by_label(name)).to_be_visible()
+        upload(page, photo)
+        assert words(page) == list(caption.words)
+        page.get_by_label("default").check()
+        expect(page.locator("#viewer .model").first).to_have_text(name)
+        expect(page.locator("#viewer .others button span").first).to_have_text(caption.sentence())
+        page.get_by_role("tab", name="How it works").click()
+        expect(page.locator("#steps mark")).to_have_text(caption.words[0])
+        page.get_by_role("tab", name="Many photos").click()
+        page.set_input_files("#many input[type=file]", [str(photo), str(broken)])
+        page.get_by_role("button", name="Caption them all").click()
+        expect(page.locator("#download-heat")).to_be_enabled(timeout=60_000)
+        expect(page.locator("#table")).to_contain_text(str(caption))
+        page.locator(".gallery-item button, button.thumbnail-item").first.click()
+        page.wait_for_timeout(1000)
+        assert page.locator("img[src='x'], svg[onload], [onerror], [onmouseover]").count() == 0
+        assert ran == []
+        context.close()
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ function render() {
       grid(step.weights.map((row) => row.map((value) => 100 * value)), 1, "Attention weights in percent"),
       make("h3", {}, "Entropy of the weights"),
       make("p", {}, `As a share of the largest possible, log ${step.weights.flat().length}: 100 % for an even map, 0 % where one region has all the weight.`),
-      ...step.entropies.map((share, number) => bar(mapName(step, number), share, `${(100 * share).toFixed(1)} %`)),
+      make("div", { class: "entropy" }, ...step.entropies.map((share, number) => bar(mapName(step, number), share, `${(100 * share).toFixed(1)} %`))),
     );
     const right = make("div");
     if (step.beta !== null) {
