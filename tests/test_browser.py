@@ -352,7 +352,7 @@ def test_thin_photos_take_no_more_room_than_others_and_lose_no_batch(open_page, 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
-def test_names_and_words_that_look_like_html_are_text_on_the_page(browser, default, tmp_path):
+def test_names_and_words_that_look_like_html_are_text_on_the_page(browser, default, tmp_path, monkeypatch):
     texts = [f"<img/src=x/onerror=alert({number})>" for number in range(4)] + ['"onmouseover="alert(4)']
     torch.manual_seed(0)
     hostile = Captioner(Checkpoint(small_model(len(texts) + 4), Vocabulary(texts), Preprocessing(size=(64, 64))))
@@ -363,6 +363,8 @@ def test_names_and_words_that_look_like_html_are_text_on_the_page(browser, defau
     broken.write_text("no picture")
     caption = hostile.caption(PHOTO, alternatives=2)
     assert "<img" in str(caption)
+    # A demo that stops deletes its files: not those of the other tests' demo.
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     with run_app({name: hostile, "default": default}) as address:
         context = browser.new_context(viewport={"width": 1280, "height": 900})
         page = context.new_page()
