@@ -27,10 +27,11 @@ from captioner.checkpoint import CheckpointError, replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
 from training.config import TrainConfig, parse_arguments
-from training.datasets import CaptionedImage, DatasetError, read_sources
+from training.datasets import CaptionedImage, DatasetError
 from training.distributed import Distributed, distributed
 from training.evaluate import evaluate
 from training.metrics import NEED_JAVA
+from training.sources import read_sources
 from training.train import train
 from training.trainer import Interrupted, TrainingError
 

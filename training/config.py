@@ -29,7 +29,8 @@ class TrainConfig:
 
     data: tuple[str, ...] = option(
         ("flickr8k",),
-        "a data set, as NAME=FOLDER (flickr8k, flickr30k, coco; NAME alone: data/NAME); may be given several times",
+        "a data set, as NAME=FOLDER (flickr8k, flickr30k, coco; NAME alone: data/NAME), or your own captions, as "
+        "FILE.csv, FILE.jsonl or NAME=FILE; may be given several times",
     )
     data_weight: tuple[str, ...] = option(
         (), "NAME=WEIGHT: weight of the loss on this data set's captions, 1 by default; may be given several times"

@@ -20,9 +20,10 @@ from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training.batches import BlankSource, FeatureSource, ImageSource, MapSource, Source, encode_captions
 from training.config import TrainConfig, data_weights, parse_arguments
-from training.datasets import CaptionedImage, DatasetError, read_sources
+from training.datasets import CaptionedImage, DatasetError
 from training.distributed import Distributed, distributed
 from training.features import cached_maps, readable
+from training.sources import read_sources
 from training.trainer import Interrupted, Stage, Trainer, TrainingError
 from training.words import tokenize
 
@@ -63,6 +64,7 @@ def train(config: TrainConfig, processes: Distributed) -> float:
         )
         preprocessing = Preprocessing(size=(config.image_size, config.image_size))
         model = build_model(config, len(vocabulary))
+    check_words(train_items, vocabulary, config)
     prepare_model(model, config, processes.device)
     log.info(
         "%d training images, %d dev images, %d words, %.1f million weights, %d process(es) on %s",
@@ -181,12 +183,37 @@ def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[Captio
         splits[split] = good
         problems += unreadable
         if not good:
-            raise DatasetError(f"{' and '.join(config.data)} have no usable image in their {split} split")
+            of_sets = ", ".join(f"{dataset.name} ({dataset.layout})" for dataset in datasets)
+            raise DatasetError(f"there is no usable image in the {split} split of {of_sets}")
     for problem in problems[:20]:
         log.warning("skipped: %s", problem)
     if len(problems) > 20:
         log.warning("... and %d more; %d skipped in all", len(problems) - 20, len(problems))
     return splits["train"], splits["dev"]
+
+
+def check_words(items: Sequence[CaptionedImage], vocabulary: Vocabulary, config: TrainConfig) -> None:
+    """Warn where many of the words in the training captions are not in the vocabulary.
+
+    Raises:
+        DatasetError: none of them is.
+    """
+    words = [word for item in items for caption in item.captions for word in tokenize(caption)]
+    unknown = [word for word in words if word not in vocabulary]
+    if config.start_from:
+        remedy = f"the vocabulary stays that of {config.start_from}; without --start-from a new one is made"
+    else:
+        remedy = f"only words that occur {config.minimum_count} times are kept; --minimum-count 1 keeps all"
+    if len(unknown) == len(words):
+        raise DatasetError(f"none of the {len(set(words))} words in the training captions is known: {remedy}")
+    if len(unknown) > len(words) / 10:
+        log.warning(
+            "%.0f%% of the words in the training captions (%d of %d different ones) become <unk>: %s",
+            100 * len(unknown) / len(words),
+            len(set(unknown)),
+            len(set(words)),
+            remedy,
+        )
 
 
 def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
