@@ -159,6 +159,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
     return config
 
 
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
+    """Give another command line the `--data` of training."""
+    (field,) = (field for field in dataclasses.fields(TrainConfig) if field.name == "data")
+    parser.add_argument(
+        "--data", action=ReplaceThenAppend, metavar="DATA", default=field.default, help=field.metadata["help"]
+    )
+
+
 class ReplaceThenAppend(argparse.Action):
     """Collects the values of a flag that may be repeated; the first one replaces the default."""
 

@@ -9,6 +9,7 @@ Several lines may name the same picture. Paths are relative to the file; they ma
 import csv
 import hashlib
 import json
+import logging
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,9 @@ from typing import NamedTuple
 
 from training.datasets import SPLITS, CaptionDataset, CaptionedImage, DatasetError, read_dataset, text_lines
 
+log = logging.getLogger("training")
+
+Items = Sequence[CaptionedImage]
 OWN_CAPTIONS = (".csv", ".jsonl")
 SPLIT_NAMES = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
 DEV_SHARE = TEST_SHARE = 0.1
@@ -41,6 +45,20 @@ def read_sources(sources: Sequence[str]) -> list[CaptionDataset]:
     if twice := {name for name in names if names.count(name) > 1}:
         raise DatasetError(f"two data sets have the name {', '.join(sorted(twice))}; name each with NAME=...")
     return datasets
+
+
+def read_split(datasets: Sequence[CaptionDataset], split: str, limit: int | None = None) -> dict[str, Items]:
+    """The images of one split of each data set, by its name; at most `limit` of each. What was skipped is logged.
+
+    Raises:
+        DatasetError: a data set has none.
+    """
+    for dataset in datasets:
+        if dataset.problems:
+            log.warning("skipped %d in %s, the first: %s", len(dataset.problems), dataset.name, dataset.problems[0])
+        if not dataset.splits[split]:
+            raise DatasetError(f"{dataset.name} has no image in its {split} split ({dataset.layout})")
+    return {dataset.name: dataset.splits[split][:limit] for dataset in datasets}
 
 
 def parse_source(source: str) -> tuple[str, Path]:

@@ -502,7 +502,7 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=self.model.device.type in ("cpu", "cuda"))
 
     def rate(self, step: int, total: int) -> float:
-        """The learning rate as a share of its peak: a linear warm-up, of at most a tenth of the steps, then a cosine."""
+        """The learning rate as a share of its peak: a linear warm-up (at most a tenth of the steps), then a cosine."""
         config = self.config
         warm_up = min(1.0, (step + 1) / max(min(config.warmup_steps, total // 10), 1))
         cosine = 0.5 * (1 + math.cos(math.pi * step / max(total, 1)))
