@@ -6,6 +6,7 @@ The same command under `torchrun --nproc-per-node N -m training.train ...` train
 import dataclasses
 import gzip
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -64,7 +65,7 @@ def train(config: TrainConfig, processes: Distributed) -> float:
         )
         preprocessing = Preprocessing(size=(config.image_size, config.image_size))
         model = build_model(config, len(vocabulary))
-    check_words(train_items, vocabulary, config)
+    warn_of_small_data(train_items, vocabulary, config)
     prepare_model(model, config, processes.device)
     log.info(
         "%d training images, %d dev images, %d words, %.1f million weights, %d process(es) on %s",
@@ -192,11 +193,11 @@ def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[Captio
     return splits["train"], splits["dev"]
 
 
-def check_words(items: Sequence[CaptionedImage], vocabulary: Vocabulary, config: TrainConfig) -> None:
-    """Warn where many of the words in the training captions are not in the vocabulary.
+def warn_of_small_data(items: Sequence[CaptionedImage], vocabulary: Vocabulary, config: TrainConfig) -> None:
+    """Warn where many words of the training captions are not in the vocabulary, or an epoch has only a few steps.
 
     Raises:
-        DatasetError: none of them is.
+        DatasetError: not one of the words is in the vocabulary.
     """
     words = [word for item in items for caption in item.captions for word in tokenize(caption)]
     unknown = [word for word in words if word not in vocabulary]
@@ -213,6 +214,13 @@ def check_words(items: Sequence[CaptionedImage], vocabulary: Vocabulary, config:
             len(set(unknown)),
             len(set(words)),
             remedy,
+        )
+    if (steps := math.ceil(len(items) / config.batch_size)) < 10:
+        log.warning(
+            "%d training images are %d step(s) an epoch; with so few, a smaller --batch-size and more --epochs and "
+            "--patience are needed",
+            len(items),
+            steps,
         )
 
 
