@@ -283,7 +283,7 @@ def run(options: argparse.Namespace) -> None:
     with replacing(folder / "scores.json", folder / "captions.json") as (scores_path, captions_path):
         scores_path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
         captions_path.write_text(json.dumps(captions, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    title = f"{options.model} on {', '.join(sets)}, {options.split}"
+    title = f"{options.model} on {' and '.join(sets)} {options.split}"
     write_report(folder / "report.html", title, table(beams), {name: (widest[name], sets[name]) for name in sets})
     log.info("report: %s", folder / "report.html")
 
