@@ -189,15 +189,14 @@ def table(beams: Sequence[Mapping[str, Evaluation]]) -> str:
     """
     rows: list[tuple[str, int, dict[str, float]]] = []
     for evaluations in beams:
-        of_sets = {
-            name: {**one.scores.corpus, **one.figures, "images/s": one.images_per_second}
-            for name, one in evaluations.items()
-        }
-        if len(of_sets) > 1:
-            of_sets["mean"] = mean_of_each(list(of_sets.values()))
-            of_sets["all together"] = all_together(evaluations)
         beam_size = next(iter(evaluations.values())).beam_size
-        rows += [(name, beam_size, figures) for name, figures in of_sets.items()]
+        of_sets = [
+            {**one.scores.corpus, **one.figures, "images/s": one.images_per_second} for one in evaluations.values()
+        ]
+        rows += [(name, beam_size, figures) for name, figures in zip(evaluations, of_sets, strict=True)]
+        if len(of_sets) > 1:
+            rows.append(("mean", beam_size, mean_of_each(of_sets)))
+            rows.append(("all together", beam_size, all_together(evaluations)))
     names = [name for name in (*METRICS, *FIGURES) if any(name in figures for _, _, figures in rows)]
     lines = [f"| data | beam | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for label, beam_size, figures in rows:
