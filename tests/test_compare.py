@@ -14,7 +14,7 @@ from training import compare, metrics
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    flags = ["--root", str(tiny.draw(folder / "tiny")), "--cache", str(folder / "cache"), *tiny.SMALL]
+    flags = ["--data", f"flickr8k={tiny.draw(folder / 'tiny')}", "--cache", str(folder / "cache"), *tiny.SMALL]
     flags += ["--encoder-weights", str(tiny.encoder_weights(folder / "weights.safetensors")), "--heads", "2"]
     return [*flags, "--epochs", "1", "--finetune-epochs", "0", "--word", "red", "--sentence", "a red circle"]
 
@@ -48,6 +48,21 @@ def test_every_kind_is_trained_and_shown_and_not_again(options, tmp_path, capsys
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")} == states
 
 
+def test_several_data_sets_have_scores_of_their_own_beside_the_means(options, tmp_path, capsys):
+    coco = tiny.draw_karpathy(tmp_path / "coco")
+    data = [*options[:2], "--data", f"coco={coco}"]
+    output = tmp_path / "compare"
+    assert compare.main([*data, *options[2:], "--kinds", "none", "additive", "--output", str(output)]) == 0
+    head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines()]
+    assert head[3:12] == [*compare.SCORES, *(f"{name} {of}" for name in ("flickr8k", "coco") for of in compare.SCORES)]
+    assert len(rows) == 2
+    with (output / "compare.csv").open() as file:
+        for row in csv.DictReader(file):
+            for score in ("BLEU-4", "CIDEr"):
+                mean = (float(row[f"flickr8k {score}"]) + float(row[f"coco {score}"])) / 2
+                assert float(row[score]) == pytest.approx(mean)
+
+
 def test_a_mean_and_a_spread_are_over_the_seeds():
     row = compare.summary("dot", [{"CIDEr": 40.0}, {"CIDEr": 44.0}])
     assert row == {"kind": "dot", "seeds": 2, "CIDEr": 42.0, "CIDEr spread": pytest.approx(8**0.5)}
@@ -66,5 +81,5 @@ def test_wrong_usage_is_told_before_anything_is_trained(options, tmp_path, capsy
 
 
 def test_what_cannot_be_compared_is_one_clear_error(options, tmp_path, capsys):
-    assert compare.main([*options, "--root", "/no/such/root", "--output", str(tmp_path / "run")]) == 1
+    assert compare.main([*options, "--data", "coco=/no/such/root", "--output", str(tmp_path / "run")]) == 1
     assert "/no/such/root" in capsys.readouterr().err

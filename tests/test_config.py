@@ -18,12 +18,24 @@ def test_every_option_is_a_flag():
         if isinstance(value, bool):
             assert getattr(parse_arguments([flag]), field.name) is True
             assert getattr(parse_arguments([f"--no-{flag[2:]}"]), field.name) is False
+        elif isinstance(value, tuple):
+            assert getattr(parse_arguments([f"{flag}=coco=1"]), field.name) == ("coco=1",)
         elif field.metadata["choices"]:
             other = field.metadata["choices"][-1]
             assert getattr(parse_arguments([flag, other]), field.name) == other
         else:
             other = {int: 3, float: 0.25, str: "other"}[type(value)]
-            assert getattr(parse_arguments([f"{flag}={other}"]), field.name) == other
+            # Views need the block below which they are cached.
+            assert getattr(parse_arguments(["--finetune-from=features.4", f"{flag}={other}"]), field.name) == other
+
+
+def test_a_flag_given_several_times_keeps_all_values_and_replaces_those_of_the_file(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('data = ["flickr8k", "pets=photos/captions.csv"]\n')
+    assert parse_arguments(["--config", str(path)]).data == ("flickr8k", "pets=photos/captions.csv")
+    flags = ["--data", "coco", "--data", "captions.jsonl", "--data-weight", "coco=0.5"]
+    assert parse_arguments(["--config", str(path), *flags]).data == ("coco", "captions.jsonl")
+    assert parse_arguments(flags).data_weight == ("coco=0.5",)
 
 
 def test_a_file_sets_options_and_a_flag_wins_over_it(tmp_path):

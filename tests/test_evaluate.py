@@ -1,6 +1,7 @@
 """Evaluation captions a split, scores it, and leaves a report that anyone can open."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -57,7 +58,7 @@ def root(tmp_path):
 
 def run(model, root, output, *more):
     return evaluate.main(
-        ["--model", str(model), "--root", str(root), "--output", str(output), "--batch-size", "4", *more]
+        ["--model", str(model), "--data", f"flickr8k={root}", "--output", str(output), "--batch-size", "4", *more]
     )
 
 
@@ -67,10 +68,11 @@ def test_a_broken_image_is_named_and_the_rest_are_scored(model, root, tmp_path, 
     assert "white.jpg" in said.err
     assert "METEOR left out: it runs on Java" in said.err
     table = [line for line in said.out.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table] == ["beam", "---", "1", "3"]
+    assert [line.split("|")[2].strip() for line in table] == ["beam", "---", "1", "3"]
     figures = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert [one["beam_size"] for one in figures["evaluations"]] == [1, 3]
-    for one in figures["evaluations"]:
+    assert [evaluation["beam_size"] for evaluation in figures["evaluations"]] == [1, 3]
+    for evaluation in figures["evaluations"]:
+        one = evaluation["sets"]["flickr8k"]
         assert one["images"] == 5
         assert len(one["unreadable"]) == 1
         assert 0 <= one["scores"]["BLEU-1"] <= 1
@@ -150,7 +152,7 @@ def test_the_worst_stand_before_the_best(model, root, tmp_path):
     scores = {
         one["image"]: one["scores"]["CIDEr"] for one in json.loads((tmp_path / "out" / "captions.json").read_text())
     }
-    worst, best = (tmp_path / "out" / "report.html").read_text().split('<h2 id="best">')
+    worst, best = (tmp_path / "out" / "report.html").read_text().split('<h2 id="best-0">')
     order = [scores[name] for name in re.findall(r"(\w+\.jpg) ·", worst)]
     assert order == sorted(order)
     order = [scores[name] for name in re.findall(r"(\w+\.jpg) ·", best)]
@@ -173,10 +175,84 @@ def test_photographs_are_kept_no_larger_than_the_report_shows_them(model, root):
     assert evaluation.captions[str(large)].image.size == (160, 80)
 
 
+@pytest.fixture
+def own(tmp_path):
+    """Captions of three more pictures, one of them for training."""
+    (tmp_path / "own").mkdir()
+    for name in ("grey", "pink", "brown"):
+        Image.new("RGB", (30, 40), name).save(tmp_path / "own" / f"{name}.png")
+    lines = ["file_name,text,split", "grey.png,grey,dev", "pink.png,a pink one,dev", "brown.png,brown,train"]
+    (tmp_path / "own" / "captions.csv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "own" / "captions.csv"
+
+
+def test_several_data_sets_are_scored_each_and_in_the_mean(model, root, own, tmp_path, capsys):
+    assert run(model, root, tmp_path / "out", "--data", str(own), "--beam-size", "2") == 0
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("|")
+    ]
+    assert [row[:2] for row in rows] == [[name, "2"] for name in ("flickr8k", "captions", "mean", "all together")]
+    shown = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+    figures = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert figures["data"] == ["flickr8k", "captions"]
+    (evaluation,) = figures["evaluations"]
+    flickr8k, captions = evaluation["sets"].values()
+    assert (flickr8k["images"], captions["images"]) == (5, 2)
+    for metric in ("BLEU-1", "CIDEr"):
+        mean = (flickr8k["scores"][metric] + captions["scores"][metric]) / 2
+        assert evaluation["mean"]["scores"][metric] == pytest.approx(mean)
+        assert float(shown["mean"][metric]) == pytest.approx(100 * mean, abs=0.06)
+        assert shown["all together"][metric] == ""
+    written = json.loads((tmp_path / "out" / "captions.json").read_text())
+    assert [one["data"] for one in written] == ["flickr8k"] * 5 + ["captions"] * 2
+    words = {word["word"] for one in written for word in one["words"]}
+    assert evaluation["all together"] == {
+        "words in use": len(words),
+        "distinct captions": len({tuple(word["word"] for word in one["words"]) for one in written}) / 7,
+    }
+    assert shown["all together"]["words in use"] == str(len(words))
+    page = (tmp_path / "out" / "report.html").read_text()
+    for number, name in enumerate(("flickr8k: the 5", "captions: the 2")):
+        assert f'<h2 id="worst-{number}">{name} worst</h2>' in page
+        assert f'href="#best-{number}"' in page
+
+
+def test_captions_are_compared_with_the_training_captions_of_all_sets(model, root, own, tmp_path):
+    """A picture of Flickr8k gets a caption that only the other data set trains on."""
+    red = root / "Flicker8k_Dataset" / "red.jpg"
+    own.write_text(
+        f"file_name,text,split\nbrown.png,{Captioner.from_pretrained(model).caption(red)},train\ngrey.png,g,dev\n"
+    )
+    run(model, root, tmp_path / "alone", "--beam-size", "5")
+    run(model, root, tmp_path / "both", "--data", str(own), "--beam-size", "5")
+    alone, both = (
+        json.loads((tmp_path / name / "scores.json").read_text())["evaluations"][0]["sets"]["flickr8k"]
+        for name in ("alone", "both")
+    )
+    assert "captions of the training set" not in alone
+    assert both["captions of the training set"] >= 1 / 5
+
+
+def test_the_entropy_of_attention_is_also_given_as_a_share_of_its_maximum(model, root, tmp_path, capsys):
+    run(model, root, tmp_path / "out", "--beam-size", "1")
+    one = json.loads((tmp_path / "out" / "scores.json").read_text())["evaluations"][0]["sets"]["flickr8k"]
+    assert one["attention entropy / maximum"] == pytest.approx(one["attention entropy"] / math.log(2 * 2))
+    assert "| attention entropy | attention entropy / maximum |" in capsys.readouterr().out
+
+
+def test_a_data_set_without_the_split_is_named_with_where_its_splits_come_from(model, own, tmp_path, capsys):
+    arguments = ["--model", str(model), "--data", str(own), "--split", "test", "--output", str(tmp_path / "out")]
+    assert evaluate.main(arguments) == 1
+    assert "captions has no image in its test split (captions in captions.csv; splits" in capsys.readouterr().err
+
+
 def test_what_the_data_set_lacks_is_told(model, root, tmp_path, capsys):
     (root / "Flicker8k_Dataset" / "red.jpg").unlink()
     assert run(model, root, tmp_path / "out", "--beam-size", "1") == 0
-    assert re.search(r"skipped \d+ in the data set, the first: .*red\.jpg", capsys.readouterr().err)
+    assert re.search(r"skipped \d+ in flickr8k, the first: .*red\.jpg", capsys.readouterr().err)
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_captioning(model, root, tmp_path, capsys, monkeypatch):
@@ -198,7 +274,8 @@ def test_numbers_below_one_are_wrong_usage(model, root, tmp_path, capsys, option
     [
         (["--model", "/no/such/model"], "no model"),
         (["--split", "test"], "no image in its test split"),
-        (["--root", "/no/such/root"], "/no/such/root"),
+        (["--data", "coco=/no/such/root"], "/no/such/root"),
+        (["--data", "/no/such.csv"], "cannot read the captions in /no/such.csv"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_clear_error(model, root, tmp_path, capsys, arguments, message):

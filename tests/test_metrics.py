@@ -16,6 +16,7 @@ from training.metrics import (
     attention_entropy,
     calibration,
     diversity,
+    mean_of_each,
     quick_scores,
     score,
     spice,
@@ -243,9 +244,14 @@ def test_entropy_is_that_of_one_region_and_of_all_of_them():
     one = np.zeros((2, 7, 7))
     one[:, 3, 3] = 1
     even = np.full((4, 3, 7, 7), 1 / 49)  # four words, three heads
-    assert attention_entropy([one]) == 0
-    assert attention_entropy([even]) == pytest.approx(np.log(49))
-    assert attention_entropy([one, even]) == pytest.approx(np.log(49) * 12 / 14)
+    assert attention_entropy([one]) == (0, 0)
+    assert attention_entropy([even]) == pytest.approx((np.log(49), 1))
+    assert attention_entropy([one, even]) == pytest.approx((np.log(49) * 12 / 14, 12 / 14))
+    assert attention_entropy([np.ones((2, 1, 1))]) == (0, 0)
+
+
+def test_a_mean_is_of_the_figures_that_all_have():
+    assert mean_of_each([{"CIDEr": 0.4, "SPICE": 0.2}, {"CIDEr": 0.6}]) == {"CIDEr": 0.5}
 
 
 def test_calibration_ranks_captions_by_confidence():

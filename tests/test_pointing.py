@@ -69,6 +69,46 @@ def test_a_model_that_points_right_is_told_from_one_that_points_wrong(items):
     assert right.weight > 0.8
     assert (wrong.words, wrong.hits) == (40, 0.0)
     assert wrong.weight < 0.2
+    # One map in three is even over 16 regions, the others over 4.
+    assert right.entropy == pytest.approx((np.log(16) + 2 * np.log(4)) / 3 / np.log(16))
+
+
+def test_pairs_with_a_photograph_that_cannot_be_read_are_left_out(items, caplog):
+    items[0].path.write_bytes(b"")
+    found = pointing.check_pointing(Pointer(True), items, pairs=20)
+    assert 0 < found.words < 40
+    assert found.hits == 1.0
+    assert str(items[0].path) in caplog.text
+
+
+@pytest.fixture
+def captions(items, tmp_path):
+    """A file of captions of the same photographs, all for dev."""
+    rows = [f"{item.path.name},{item.captions[0]},dev" for item in items]
+    path = tmp_path / "captions.csv"
+    path.write_text("\n".join(["file_name,text,split", *rows]) + "\n")
+    return path
+
+
+def test_the_command_line_tells_the_shares_of_each_data_set(captions, monkeypatch, capsys):
+    monkeypatch.setattr(Captioner, "from_pretrained", lambda *_: Pointer(True))
+    data = ["--data", str(captions), "--data", f"again={captions}"]
+    assert pointing.main([*data, "--pairs", "20"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["captions", "again"]
+    assert "100% of 40 words" in lines[0]
+    assert "entropy 67% of its maximum" in lines[0]
+
+
+def test_the_command_line_names_what_it_cannot_check_and_goes_on(captions, items, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Captioner, "from_pretrained", lambda *_: Pointer(True))
+    (tmp_path / "dogs.jsonl").write_text(f'{{"file_name": "{items[0].path.name}", "text": "a dog", "split": "dev"}}\n')
+    assert pointing.main(["--data", str(tmp_path / "dogs.jsonl"), "--data", str(captions)]) == 1
+    said = capsys.readouterr()
+    assert "dogs: these photographs show no two different things" in said.err
+    assert said.out.startswith("captions: 100%")
+    assert pointing.main(["--data", str(tmp_path / "gone.csv")]) == 1
+    assert "cannot read the captions in" in capsys.readouterr().err
 
 
 def test_photographs_of_one_thing_alone_are_refused(items):

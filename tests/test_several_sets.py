@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import math
 
 import pytest
 import tiny
@@ -56,6 +57,28 @@ def test_dev_scores_are_given_for_each_set_and_their_mean_picks_the_model(run):
 
 def test_words_of_all_sets_are_known(run):
     assert {"circle", "triangle"} < set(Captioner.from_pretrained(run).vocabulary.words)
+
+
+def test_self_critical_training_counts_documents_in_the_training_captions_of_all_sets(options, tmp_path, monkeypatch):
+    from training import trainer
+
+    made = []
+
+    class Kept(trainer.CiderD):
+        def __init__(self, corpus):
+            super().__init__(corpus)
+            made.append(self)
+
+    monkeypatch.setattr(trainer, "CiderD", Kept)
+    stages = (
+        "--language-epochs 0 --epochs 0 --finetune-epochs 0 --scst-epochs 1 --scst-samples 2 --max-length 8".split()
+    )
+    assert main([*options, *stages, "--output", str(tmp_path / "run")]) == 0
+    (reward,) = made
+    # Seven images of circles and squares and four of triangles, one caption or more each; dev images do not count.
+    assert reward.most == pytest.approx(math.log(7 + 4))
+    assert (reward.documents["circle",] + reward.documents["square",], reward.documents["triangle",]) == (7, 4)
+    assert reward.documents["a", "red"] == 2 + 1  # pictures 0 and 6 of the one set, picture 0 of the other
 
 
 @pytest.mark.parametrize("stop", [2, 6, 9])

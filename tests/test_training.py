@@ -58,7 +58,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def options(root, cache, weights):
     """Flags of a run without its output folder."""
-    return ["--root", str(root), "--cache", str(cache), "--encoder-weights", str(weights), *tiny.SMALL]
+    return ["--data", f"flickr8k={root}", "--cache", str(cache), "--encoder-weights", str(weights), *tiny.SMALL]
 
 
 @pytest.fixture(scope="module")
@@ -361,8 +361,8 @@ def test_images_that_cannot_be_read_are_reported_and_passed_over(options, tmp_pa
     for name in ("03.png", "13.png"):
         path = broken / "Flicker8k_Dataset" / name
         path.write_bytes(path.read_bytes()[:60])
-    flags = ["--root", str(broken), "--epochs", "1", "--finetune-epochs", "0", "--output", str(tmp_path / "run")]
-    assert main([*options, *flags]) == 0
+    flags = ["--data", f"flickr8k={broken}", *options[2:], "--epochs", "1", "--finetune-epochs", "0"]
+    assert main([*flags, "--output", str(tmp_path / "run")]) == 0
     message = capsys.readouterr().err
     assert "03.png" in message
     assert "13.png" in message
@@ -372,7 +372,7 @@ def test_images_that_cannot_be_read_are_reported_and_passed_over(options, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--root", "/no/such/root"], "/no/such/root"),
+        (["--data", "coco=/no/such/root"], "/no/such/root"),
         (["--encoder", "mobilenet_v9"], "mobilenet_v9"),
         (["--encoder-weights", "nothing.pth"], "nothing.pth"),
         (["--encoder-self-attention", "1", "--heads", "3"], "size 16 cannot be divided into 3 heads"),
@@ -480,7 +480,7 @@ def test_the_real_data_set_is_read_and_its_photographs_train(flickr8k, weights, 
     for split in ("train", "dev"):
         name = f"Flickr_8k.{split}Images.txt"
         (small / "Flickr8k_text" / name).write_text("\n".join((text / name).read_text().split()[:16]) + "\n")
-    flags = ["--root", str(small), "--cache", str(tmp_path), "--epochs", "2", "--finetune-epochs", "1"]
+    flags = ["--data", f"flickr8k={small}", "--cache", str(tmp_path), "--epochs", "2", "--finetune-epochs", "1"]
     flags += ["--encoder-weights", str(weights)]
     assert main([*tiny.SMALL, *flags, "--output", str(tmp_path / "run")]) == 0
     assert losses(tmp_path / "run")[1] < losses(tmp_path / "run")[0]
@@ -503,7 +503,7 @@ def test_the_recipe_for_coco_runs_as_it_is(tmp_path):
         annotations = json.dumps({"images": images, "annotations": captions})
         (tmp_path / "annotations" / f"captions_{split}2014.json").write_text(annotations)
     weights = tiny.encoder_weights(tmp_path / "resnet101.safetensors", "resnet101")
-    flags = ["--config", str(PROJECT / "training" / "recipes" / "coco_resnet101.toml"), "--root", str(tmp_path)]
+    flags = ["--config", str(PROJECT / "training" / "recipes" / "coco_resnet101.toml"), "--data", f"coco={tmp_path}"]
     flags += ["--encoder-weights", str(weights), "--cache", str(tmp_path / "cache"), "--no-compile", "--workers", "0"]
     flags += ["--epochs", "1", "--finetune-epochs", "1", "--scst-epochs", "1", "--device", "cpu"]
     assert main([*flags, "--output", str(tmp_path / "run")]) == 0

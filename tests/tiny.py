@@ -53,6 +53,22 @@ def draw_karpathy(root: Path, train: int = 4, dev: int = 2) -> Path:
     return root
 
 
+def draw_own(root: Path, count: int = 20) -> Path:
+    """Draw stars beside a file of captions for them, in the ImageFolder convention; the file."""
+    (root / "photos").mkdir(parents=True)
+    lines = ["file_name,text"]
+    for number in range(count):
+        colour, size = COLOURS[number % 6], 15 + 5 * (number // 6)
+        image = Image.new("RGB", (80, 60), "grey")
+        pen = ImageDraw.Draw(image)
+        pen.line((40 - size, 30, 40 + size, 30), fill=colour, width=5)
+        pen.line((40, 30 - size, 40, 30 + size), fill=colour, width=5)
+        image.save(root / "photos" / f"{number}.png")
+        lines += [f"photos/{number}.png,a {colour} star", f'photos/{number}.png,"a star, all {colour}"']
+    (root / "stars.csv").write_text("\n".join(lines) + "\n")
+    return root / "stars.csv"
+
+
 def encoder_weights(path: Path, name: str = "mobilenet_v2") -> Path:
     """Random weights for a torchvision network, with the batch-norm statistics that let it tell images apart."""
     torch.manual_seed(0)

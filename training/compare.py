@@ -27,10 +27,11 @@ from captioner.checkpoint import CheckpointError, replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
 from training.config import TrainConfig, parse_arguments
-from training.datasets import CaptionedImage, DatasetError, read_sources
+from training.datasets import CaptionedImage, DatasetError
 from training.distributed import Distributed, distributed
 from training.evaluate import evaluate
-from training.metrics import NEED_JAVA
+from training.metrics import NEED_JAVA, mean_of_each
+from training.sources import read_sources
 from training.train import train
 from training.trainer import Interrupted, TrainingError
 
@@ -119,13 +120,23 @@ def run(base: TrainConfig, kind: str, seed: int, output: Path, processes: Distri
 
 
 def measure(config: TrainConfig) -> dict[str, float]:
-    """What a trained model is worth on the dev images, beam 5, and what it cost."""
+    """What a trained model is worth on the dev images, beam 5, and what it cost.
+
+    Scores and entropy are means over the data sets that have dev images; where there are several, the scores on each
+    of them follow as "NAME CIDEr".
+    """
     captioner = Captioner.from_pretrained(config.output, "auto" if config.device == "auto" else config.device)
-    items = [item for dataset in read_sources(config.data) for item in dataset.splits["dev"]]
-    evaluation = evaluate(captioner, items, beam_size=5)
-    for metric, why in evaluation.scores.left_out.items():
+    dev = {dataset.name: dataset.splits["dev"] for dataset in read_sources(config.data) if dataset.splits["dev"]}
+    evaluations = {name: evaluate(captioner, items, beam_size=5) for name, items in dev.items()}
+    left_out = {metric: why for one in evaluations.values() for metric, why in one.scores.left_out.items()}
+    for metric, why in left_out.items():
         if metric in (*SCORES, "tokenizer"):
             log.warning("%s left out: %s", metric, why)
+    of_sets = {
+        name: {metric: 100 * one.scores.corpus.get(metric, math.nan) for metric in SCORES}
+        for name, one in evaluations.items()
+    }
+    each = {f"{name} {metric}": of_set[metric] for name, of_set in of_sets.items() for metric in of_set}
     with (Path(config.output) / "history.csv").open(encoding="utf-8") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     parameters = sum(
@@ -134,8 +145,9 @@ def measure(config: TrainConfig) -> dict[str, float]:
     return {
         "parameters": parameters,
         "seconds an epoch": statistics.median(seconds),
-        **{name: 100 * evaluation.scores.corpus.get(name, math.nan) for name in SCORES},
-        "entropy": evaluation.figures["attention entropy"],
+        **mean_of_each(list(of_sets.values())),
+        "entropy": statistics.mean(one.figures["attention entropy"] for one in evaluations.values()),
+        **(each if len(of_sets) > 1 else {}),
     }
 
 
@@ -150,20 +162,21 @@ def summary(kind: str, results: Sequence[Mapping[str, float]]) -> dict[str, Any]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table; scores as mean ± standard deviation over the seeds."""
+    """The table; scores as mean ± standard deviation over the seeds, first the means over several data sets."""
+    of_sets = [name for name in rows[0] if name.endswith(tuple(f" {score}" for score in SCORES))]
 
     def cell(row: Mapping[str, Any], name: str, digits: int = 1) -> str:
         if math.isnan(row[name]):
-            return "left out" if name in NEED_JAVA else "-"
+            return "left out" if name.rpartition(" ")[2] in NEED_JAVA else "-"
         spread = f" ± {row[f'{name} spread']:.{digits}f}" if row["seeds"] > 1 else ""
         return f"{row[name]:.{digits}f}{spread}"
 
     lines = [
-        "| attention | parameters | s an epoch | BLEU-4 | METEOR | CIDEr | entropy of alpha |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        f"| attention | parameters | s an epoch | {' | '.join([*SCORES, *of_sets])} | entropy of alpha |",
+        "|---" + "|--:" * (len(SCORES) + len(of_sets) + 3) + "|",
     ]
     for row in rows:
-        scores = " | ".join(cell(row, name) for name in SCORES)
+        scores = " | ".join(cell(row, name) for name in (*SCORES, *of_sets))
         lines.append(
             f"| `{row['kind']}` | {row['parameters'] / 1e6:.2f} M | {row['seconds an epoch']:.0f} | {scores} "
             f"| {cell(row, 'entropy', 2)} |"

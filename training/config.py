@@ -29,7 +29,8 @@ class TrainConfig:
 
     data: tuple[str, ...] = option(
         ("flickr8k",),
-        "a data set, as NAME=FOLDER (flickr8k, flickr30k, coco; NAME alone: data/NAME); may be given several times",
+        "a data set, as NAME=FOLDER (flickr8k, flickr30k, coco; NAME alone: data/NAME), or your own captions, as "
+        "FILE.csv, FILE.jsonl or NAME=FILE; may be given several times",
     )
     data_weight: tuple[str, ...] = option(
         (), "NAME=WEIGHT: weight of the loss on this data set's captions, 1 by default; may be given several times"
@@ -156,6 +157,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
     except ValueError as error:
         parser.error(str(error))
     return config
+
+
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
+    """Give another command line the `--data` of training."""
+    (field,) = (field for field in dataclasses.fields(TrainConfig) if field.name == "data")
+    parser.add_argument(
+        "--data", action=ReplaceThenAppend, metavar="DATA", default=field.default, help=field.metadata["help"]
+    )
 
 
 class ReplaceThenAppend(argparse.Action):

@@ -38,7 +38,7 @@ class CaptionDataset:
     """A data set as read from the disk.
 
     Args:
-        name: "flickr8k", "flickr30k" or "coco".
+        name: "flickr8k", "flickr30k", "coco", or what a file of your own captions is called.
         splits: the images of "train", "dev" and "test"; a split that the data do not have is empty.
         problems: what was skipped, each "file:line: reason", or "file:images[index]: reason" in JSON.
         layout: in words, which files were read and where the splits come from.
@@ -48,25 +48,6 @@ class CaptionDataset:
     splits: dict[str, tuple[CaptionedImage, ...]]
     problems: tuple[str, ...]
     layout: str = ""
-
-
-def read_sources(sources: Sequence[str]) -> list[CaptionDataset]:
-    """Read the data sets that `--data` names.
-
-    Args:
-        sources: each "NAME=FOLDER" with a name of `DATASETS`, or "NAME" alone for the folder data/NAME.
-
-    Raises:
-        DatasetError: one cannot be read, or two have the same name.
-    """
-    datasets = []
-    for source in sources:
-        name, _, folder = source.partition("=")
-        datasets.append(read_dataset(name, folder or Path("data") / name))
-    names = [dataset.name for dataset in datasets]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise DatasetError(f"two data sets have the name {', '.join(sorted(twice))}; give each a name of its own")
-    return datasets
 
 
 def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
@@ -84,7 +65,10 @@ def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
             not one image could be used.
     """
     if name not in DATASETS:
-        raise DatasetError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+        raise DatasetError(
+            f"there is no data set {name!r}; there are {', '.join(DATASETS)}, "
+            "and files of your own captions, which end in .csv or .jsonl"
+        )
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(f"{root} is not a folder; python -m training.prepare {name} --root {root} makes it")
@@ -225,7 +209,7 @@ def _captions_by_image(rows: Iterable[_Row], wanted: Container[str], problems: l
 # Text files: one caption a line
 
 
-def _lines(path: Path, root: Path, problems: list[str]) -> Iterator[tuple[str, str]]:
+def text_lines(path: Path, root: Path, problems: list[str]) -> Iterator[tuple[str, str]]:
     """The lines that are not blank, each with its "file:line"."""
     name = path.relative_to(root).as_posix()
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
@@ -280,7 +264,7 @@ def _read_text(
     """
 
     def rows(path: Path, root: Path, problems: list[str]) -> Iterator[_Row]:
-        for count, (where, line) in enumerate(_lines(path, root, problems)):
+        for count, (where, line) in enumerate(text_lines(path, root, problems)):
             if count == 0 and header is not None and line.startswith(header):
                 continue
             try:
@@ -301,7 +285,7 @@ def _read_text(
 def _listed(root: Path, lists: Mapping[str, Sequence[str]], problems: list[str]) -> Iterator[_Listed]:
     for split, names in lists.items():
         for path in [root / name for name in names if (root / name).is_file()][:1]:
-            for where, line in _lines(path, root, problems):
+            for where, line in text_lines(path, root, problems):
                 image = line.strip()
                 # Flickr30k Entities lists its images without the ending.
                 yield _Listed(where, split, image if Path(image).suffix else f"{image}.jpg")

@@ -1,4 +1,4 @@
-"""Score a model: `python -m training.evaluate --model runs/flickr8k --data flickr8k --root DIR --split dev`."""
+"""Score a model: `python -m training.evaluate --model runs/flickr8k --data flickr8k=data/flickr8k --split dev`."""
 
 import argparse
 import dataclasses
@@ -7,7 +7,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,21 @@ from captioner.cli import positive
 from captioner.heatmap import shrink
 from captioner.images import ImageError
 from captioner.pretrained import DEFAULT_MODEL
-from training.datasets import DATASETS, SPLITS, CaptionedImage, DatasetError, read_dataset
-from training.metrics import METRICS, Calibration, Scores, attention_entropy, calibration, diversity, score
-from training.pointing import check_pointing
+from training.config import add_data_flag
+from training.datasets import SPLITS, CaptionedImage, DatasetError
+from training.metrics import (
+    METRICS,
+    Calibration,
+    Scores,
+    attention_entropy,
+    calibration,
+    diversity,
+    mean_of_each,
+    score,
+)
+from training.pointing import all_maps, check_pointing
 from training.report import TILE, write_report
+from training.sources import read_sources, read_split
 from training.words import tokenize
 
 log = logging.getLogger("training")
@@ -37,16 +48,17 @@ FIGURES = {
     "mean length": "{:.1f}",
     "repeated pairs": "{:.1%}",
     "attention entropy": "{:.2f}",
+    "attention entropy / maximum": "{:.0%}",
+    "images/s": "{:.1f}",
 }
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model said of a split with one beam size, and what that is worth.
+    """What a model said of a split of one data set with one beam size, and what that is worth.
 
     captions: image's path -> its caption; the photograph in it is as small as the report shows it.
-    figures: what overlap with references does not tell; see `training.metrics.diversity`, and the entropy of the
-        attention weights.
+    figures: what overlap with references does not tell; see `training.metrics.diversity` and `attention_entropy`.
     calibration: how the captions' own CIDEr goes with the model's confidence.
     unreadable: a message for each image that was passed over.
     """
@@ -110,9 +122,8 @@ def evaluate(
     references = {str(item.path): item.captions for item in items if str(item.path) in captions}
     scores = score({path: str(caption) for path, caption in captions.items()}, references)
     figures = diversity([caption.words for caption in captions.values()], known)
-    said = [caption for caption in captions.values() if caption.words]
-    maps = [caption.attention if caption.head_attention is None else caption.head_attention for caption in said]
-    figures["attention entropy"] = attention_entropy(maps)
+    maps = all_maps([caption for caption in captions.values() if caption.words])
+    figures["attention entropy"], figures["attention entropy / maximum"] = attention_entropy(maps)
     own = calibration(
         [caption.confidence for caption in captions.values()], [scores.per_image[path]["CIDEr"] for path in captions]
     )
@@ -134,10 +145,31 @@ def one_by_one(
     return good, found
 
 
+def all_together(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
+    """The figures of variety over the captions of all data sets, which are not the means of those of each."""
+    figures = diversity([caption.words for one in evaluations.values() for caption in one.captions.values()])
+    return {name: figures[name] for name in ("distinct captions", "words in use")}
+
+
+def evaluations_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """The figures with one beam size: of each data set, their means, and those of all captions together."""
+    of_sets = list(evaluations.values())
+    return {
+        "beam_size": of_sets[0].beam_size,
+        "sets": {name: one.to_dict() for name, one in evaluations.items()},
+        "mean": {
+            "scores": mean_of_each([one.scores.corpus for one in of_sets]),
+            **mean_of_each([one.figures for one in of_sets]),
+        },
+        "all together": all_together(evaluations),
+    }
+
+
 def captions_json(evaluation: Evaluation, items: Sequence[CaptionedImage]) -> list[dict[str, Any]]:
     """Every image with its caption, what people wrote, and the caption's own scores."""
     return [
         {
+            "data": item.dataset,
             "image": item.path.name,
             **evaluation.captions[str(item.path)].to_dict(),
             "references": list(item.captions),
@@ -148,36 +180,50 @@ def captions_json(evaluation: Evaluation, items: Sequence[CaptionedImage]) -> li
     ]
 
 
-def table(evaluations: Sequence[Evaluation]) -> str:
-    """The figures of several beam sizes as Markdown; scores times 100, as papers give them."""
-    names = [metric for metric in METRICS if metric in evaluations[0].scores.corpus]
-    others = [name for name in FIGURES if name in evaluations[0].figures]
-    lines = [
-        "| beam | " + " | ".join([*names, *others]) + " | images/s |",
-        "|---" * (len(names) + len(others) + 2) + "|",
-    ]
-    for one in evaluations:
-        cells = [f"{100 * one.scores.corpus[name]:.1f}" for name in names]
-        cells += [FIGURES[name].format(one.figures[name]) for name in others]
-        lines.append(f"| {one.beam_size} | " + " | ".join(cells) + f" | {one.images_per_second:.1f} |")
+def table(beams: Sequence[Mapping[str, Evaluation]]) -> str:
+    """The figures of several beam sizes as Markdown; scores times 100, as papers give them.
+
+    Args:
+        beams: for each beam size, the evaluation of each data set by its name. Where there are several, rows with
+            their means and with the figures of all captions together follow.
+    """
+    rows: list[tuple[str, int, dict[str, float]]] = []
+    for evaluations in beams:
+        beam_size = next(iter(evaluations.values())).beam_size
+        of_sets = [
+            {**one.scores.corpus, **one.figures, "images/s": one.images_per_second} for one in evaluations.values()
+        ]
+        rows += [(name, beam_size, figures) for name, figures in zip(evaluations, of_sets, strict=True)]
+        if len(of_sets) > 1:
+            rows.append(("mean", beam_size, mean_of_each(of_sets)))
+            rows.append(("all together", beam_size, all_together(evaluations)))
+    names = [name for name in (*METRICS, *FIGURES) if any(name in figures for _, _, figures in rows)]
+    lines = [f"| data | beam | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for label, beam_size, figures in rows:
+        cells = [cell(name, figures[name]) if name in figures else "" for name in names]
+        lines.append(f"| {label} | {beam_size} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cell(name: str, value: float) -> str:
+    """A figure as the table shows it."""
+    return FIGURES[name].format(value) if name in FIGURES else f"{100 * value:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog="python -m training.evaluate",
-        description="Caption a split of a data set and score the captions.",
+        description="Caption a split of one or several data sets and score the captions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
-    parser.add_argument("--data", default="flickr8k", choices=list(DATASETS), help="data set")
-    parser.add_argument("--root", required=True, help="folder of the data set")
-    parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of it")
+    add_data_flag(parser)
+    parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of the data sets")
     parser.add_argument("--beam-size", type=positive, nargs="+", default=[1, 3, 5], metavar="K", help="beam sizes")
     parser.add_argument("--length-penalty", type=float, help="see Captioner.caption")
     parser.add_argument("--batch-size", type=positive, default=32, help="images that go through the network together")
-    parser.add_argument("--limit", type=positive, help="only so many images, the first ones")
+    parser.add_argument("--limit", type=positive, help="only so many images of each data set, the first ones")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     parser.add_argument("--output", help="folder of the report; default: evaluation-SPLIT in the model's")
     options = parser.parse_args(arguments)
@@ -193,47 +239,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Do what the command line asks for."""
     captioner = Captioner.from_pretrained(options.model, options.device)
-    dataset = read_dataset(options.data, options.root)
-    if dataset.problems:
-        log.warning("skipped %d in the data set, the first: %s", len(dataset.problems), dataset.problems[0])
-    items = dataset.splits[options.split][: options.limit]
-    if not items:
-        raise DatasetError(f"{options.root} has no image in its {options.split} split")
+    datasets = read_sources(options.data)
+    sets = read_split(datasets, options.split, options.limit)
     home = Path(options.model) if Path(options.model).is_dir() else Path()
     folder = Path(options.output or home / f"evaluation-{options.split}")
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the captioning, not after
     search = {} if options.length_penalty is None else {"length_penalty": options.length_penalty}
-    train = dataset.splits.get("train", ())
-    known = {tuple(tokenize(caption)) for item in train for caption in item.captions} if train else None
-    evaluations = []
-    for beam_size in options.beam_size:
-        evaluations.append(evaluate(captioner, items, beam_size, options.batch_size, known, **search))
-    widest = max(evaluations, key=lambda evaluation: evaluation.beam_size)
-    for metric, why in widest.scores.left_out.items():
+    train = [caption for dataset in datasets for item in dataset.splits["train"] for caption in item.captions]
+    known = {tuple(tokenize(caption)) for caption in train} or None
+    beams = [
+        {
+            name: evaluate(captioner, items, beam_size, options.batch_size, known, **search)
+            for name, items in sets.items()
+        }
+        for beam_size in options.beam_size
+    ]
+    widest = max(beams, key=lambda evaluations: next(iter(evaluations.values())).beam_size)
+    left_out = {metric: why for one in widest.values() for metric, why in one.scores.left_out.items()}
+    for metric, why in left_out.items():
         log.warning("%s left out: %s", metric, why)
-    print(table(evaluations))
-    print(f"\nconfidence and CIDEr, Spearman's correlation: {widest.calibration.correlation:.2f}")
-    pointing = None
-    try:
-        pointing = check_pointing(captioner, items)
-        print(f"attention on the right half of two photographs side by side: {pointing}")
-    except ValueError as error:
-        log.warning("pointing left out: %s", error)
+    print(table(beams) + "\n")
+    pointing = {}
+    for name, items in sets.items():
+        print(f"{name}, confidence and CIDEr, Spearman's correlation: {widest[name].calibration.correlation:.2f}")
+        try:
+            found = check_pointing(captioner, items)
+            pointing[name] = dataclasses.asdict(found)
+            print(f"{name}, two photographs side by side: {found}")
+        except ValueError as error:
+            log.warning("%s, pointing left out: %s", name, error)
 
     figures = {
         "model": str(options.model),
-        "data": options.data,
+        "data": list(sets),
         "split": options.split,
         "options": {"batch_size": options.batch_size, "device": str(captioner.model.device), **search},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "pycocoevalcap")}},
-        "pointing": pointing and dataclasses.asdict(pointing),
-        "evaluations": [evaluation.to_dict() for evaluation in evaluations],
+        "pointing": pointing,
+        "evaluations": [evaluations_json(evaluations) for evaluations in beams],
     }
+    captions = [entry for name, items in sets.items() for entry in captions_json(widest[name], items)]
     with replacing(folder / "scores.json", folder / "captions.json") as (scores_path, captions_path):
         scores_path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        captions_path.write_text(json.dumps(captions_json(widest, items), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    title = f"{options.model} on {options.data} {options.split}"
-    write_report(folder / "report.html", title, table(evaluations), widest, items)
+        captions_path.write_text(json.dumps(captions, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    title = f"{options.model} on {' and '.join(sets)} {options.split}"
+    write_report(folder / "report.html", title, table(beams), {name: (widest[name], sets[name]) for name in sets})
     log.info("report: %s", folder / "report.html")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import shutil
 import subprocess
 import tempfile
@@ -316,16 +317,28 @@ def diversity(captions: Sequence[Sequence[str]], known: Collection[tuple[str, ..
     return figures
 
 
-def attention_entropy(maps: Sequence[np.ndarray]) -> float:
-    """How widely attention is spread: the mean of - sum_i alpha_i ln alpha_i over all words and heads.
+def mean_of_each(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure that all have, such as a score over several data sets."""
+    return {
+        name: sum(of_one[name] for of_one in figures) / len(figures)
+        for name in figures[0]
+        if all(name in of_one for of_one in figures)
+    }
 
-    0 where every word sees one region, the logarithm of the number of regions where all see all of them alike.
+
+def attention_entropy(maps: Sequence[np.ndarray]) -> tuple[float, float]:
+    """How widely attention is spread: the mean of - sum_i alpha_i ln alpha_i over all words and heads.
 
     Args:
         maps: of each caption (T, ..., rows, columns).
+
+    Returns:
+        The entropy in nats, 0 where every word sees one region, and its share of the maximum, which is the logarithm
+        of the number of regions, reached where all words see all regions alike.
     """
     flat = np.concatenate([of_one.reshape(-1, of_one.shape[-2] * of_one.shape[-1]) for of_one in maps])
-    return float(-(flat * np.log(np.maximum(flat, 1e-30))).sum(axis=1).mean())
+    entropy = float(-(flat * np.log(np.maximum(flat, 1e-30))).sum(axis=1).mean())
+    return entropy, entropy / math.log(flat.shape[1]) if flat.shape[1] > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Does attention look at the right place? A check on pictures in which the place of a word is known.
+"""Does attention look at the right place? A check on pictures in which the place of a word is known:
+`python -m training.pointing --model runs/flickr8k --data flickr8k=data/flickr8k`.
 
 Two photographs are set side by side in one picture. A word that people used of the one and nobody of the other is
 then to be found in one half, and its attention map should fall on that half. Chance is one half of the weight.
 """
 
+import argparse
+import logging
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from captioner.api import Captioner
+from captioner.api import Caption, Captioner
+from captioner.checkpoint import CheckpointError
+from captioner.cli import positive
 from captioner.heatmap import upsample
-from captioner.images import load_image
-from training.datasets import CaptionedImage
+from captioner.images import ImageError, load_image
+from captioner.pretrained import DEFAULT_MODEL
+from training.config import add_data_flag
+from training.datasets import SPLITS, CaptionedImage, DatasetError
+from training.metrics import attention_entropy
+from training.sources import read_sources, read_split
 from training.words import tokenize
+
+log = logging.getLogger("training")
 
 # Things with a place, and the words for them.
 THINGS = {
@@ -35,14 +47,19 @@ class Pointing:
     words: how many maps were looked at.
     weight: mean share of a map's weight that falls on the half where the thing is; 0.5 by chance.
     hits: share of maps with more than half of their weight there; 0.5 by chance.
+    entropy: mean entropy of the maps of all words said of these pictures, as a share of its maximum.
     """
 
     words: int
     weight: float
     hits: float
+    entropy: float
 
     def __str__(self) -> str:
-        return f"{self.hits:.0%} of {self.words} words, {self.weight:.0%} of the weight; by chance 50%"
+        return (
+            f"{self.hits:.0%} of {self.words} words have most of their weight on the right photograph (by chance 50%), "
+            f"which gets {self.weight:.0%} of all weight; entropy {self.entropy:.0%} of its maximum"
+        )
 
 
 def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs: int = 200, seed: int = 0) -> Pointing:
@@ -58,7 +75,8 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
         seed: which ones.
 
     Raises:
-        ValueError: the photographs do not make pairs of different things, or no caption named one of them.
+        ValueError: the photographs do not make pairs of different things, or no caption named one of them. Pairs with
+            a photograph that cannot be read are left out.
     """
     by_thing: dict[str, list[CaptionedImage]] = {}
     for item in items:
@@ -70,19 +88,34 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
         raise ValueError("these photographs show no two different things that can be told apart")
     chance = random.Random(seed)
     halves = [chance.choice(kinds) for _ in range(pairs)]
-    photos = [[load_image(chance.choice(by_thing[thing]).path) for thing in both] for both in halves]
-    pictures = [side_by_side(left, right) for left, right in photos]
+    chosen = [[chance.choice(by_thing[thing]).path for thing in both] for both in halves]
+    shown, pictures = [], []
+    for both, paths in zip(halves, chosen, strict=True):
+        try:
+            left, right = map(load_image, paths)
+        except ImageError as error:
+            log.warning("skipped: %s", error)
+            continue
+        shown.append(both)
+        pictures.append(side_by_side(left, right))
+    captions = captioner.caption(pictures, alternatives=0)
     shares = []
-    for (left, right), caption in zip(halves, captioner.caption(pictures, alternatives=0), strict=True):
+    for (left_thing, right_thing), caption in zip(shown, captions, strict=True):
         for word, weights in zip(caption.words, caption.attention, strict=True):
             on_the_left = left_share(weights, caption.displacement)
-            if word in THINGS[left]:
+            if word in THINGS[left_thing]:
                 shares.append(on_the_left)
-            elif word in THINGS[right]:
+            elif word in THINGS[right_thing]:
                 shares.append(1 - on_the_left)
     if not shares:
-        raise ValueError(f"none of {pairs} captions named what is in the picture")
-    return Pointing(len(shares), float(np.mean(shares)), float(np.mean([share > 0.5 for share in shares])))
+        raise ValueError(f"none of {len(captions)} captions named what is in the picture")
+    hits = float(np.mean([share > 0.5 for share in shares]))
+    return Pointing(len(shares), float(np.mean(shares)), hits, attention_entropy(all_maps(captions))[1])
+
+
+def all_maps(captions: Sequence[Caption]) -> list[np.ndarray]:
+    """The maps of each caption, (T, rows, columns), or (T, heads, rows, columns) where there are several heads."""
+    return [caption.attention if caption.head_attention is None else caption.head_attention for caption in captions]
 
 
 def only_thing(captions: Sequence[str]) -> str | None:
@@ -110,3 +143,38 @@ def left_share(weights: np.ndarray, displacement: tuple[float, float]) -> float:
     """The share of a map's weight on the left half of the picture, drawn as heatmaps are."""
     lit = upsample(weights, (64, 64), displacement)
     return float(lit[:, :32].sum() / lit.sum())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.pointing",
+        description="Set pairs of photographs side by side and see on which of them the attention to a word falls.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
+    add_data_flag(parser)
+    parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of the data sets")
+    parser.add_argument("--pairs", type=positive, default=200, help="pictures to make from each data set")
+    parser.add_argument("--seed", type=int, default=0, help="which pairs")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    try:
+        captioner = Captioner.from_pretrained(options.model, options.device)
+        sets = read_split(read_sources(options.data), options.split)
+    except (CheckpointError, DatasetError, ValueError, OSError) as error:
+        log.error("error: %s", error)
+        return 1
+    failed = False
+    for name, items in sets.items():
+        try:
+            print(f"{name}: {check_pointing(captioner, items, options.pairs, options.seed)}")
+        except ValueError as error:
+            log.error("error: %s: %s", name, error)
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

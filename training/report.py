@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,11 @@ ul { margin: .3rem 0 }
 
 
 def write_report(
-    path: Path, title: str, table: str, evaluation: "Evaluation", items: Sequence[CaptionedImage], most: int = 50
+    path: Path,
+    title: str,
+    table: str,
+    evaluations: Mapping[str, tuple["Evaluation", Sequence[CaptionedImage]]],
+    most: int = 50,
 ) -> None:
     """Write one page that needs no other file and no network.
 
@@ -42,22 +46,21 @@ def write_report(
         path: the page's file.
         title: its heading.
         table: the figures, as a Markdown table.
-        evaluation: the captions and scores to show.
-        items: the images with their references.
-        most: images shown in each of the two sections, the worst and the best by CIDEr.
+        evaluations: for each data set by its name, the captions and scores to show, all of one beam size, and the
+            images with their references.
+        most: images shown in each of a data set's two sections, the worst and the best by CIDEr.
     """
-    scores = evaluation.scores.per_image
-    shown = [item for item in items if str(item.path) in evaluation.captions]
-    ranked = sorted(shown, key=lambda item: scores[str(item.path)]["CIDEr"])
-    worst, best = ranked[:most], ranked[::-1][:most]
-    left_out = "".join(
-        f"<p>{html.escape(metric)} left out: {html.escape(why)}</p>"
-        for metric, why in evaluation.scores.left_out.items()
+    scores = [evaluation.scores for evaluation, _ in evaluations.values()]
+    reasons = {metric: why for of_set in scores for metric, why in of_set.left_out.items()}
+    left_out = "".join(f"<p>{html.escape(metric)} left out: {html.escape(why)}</p>" for metric, why in reasons.items())
+    beam_size = next(evaluation.beam_size for evaluation, _ in evaluations.values())
+    contents = " · ".join(
+        f'{html.escape(name)}: <a href="#worst-{number}">the worst</a>, <a href="#best-{number}">the best</a>'
+        for number, name in enumerate(evaluations)
     )
     sections = "".join(
-        f'<h2 id="{name}">The {len(chosen)} {name}</h2>\n'
-        + "".join(entry(item, evaluation.captions[str(item.path)], scores[str(item.path)]) for item in chosen)
-        for name, chosen in (("worst", worst), ("best", best))
+        section(name, number, evaluation, items, most)
+        for number, (name, (evaluation, items)) in enumerate(evaluations.items())
     )
     page = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -65,22 +68,32 @@ def write_report(
 <h1>{html.escape(title)}</h1>
 {html_table(table)}
 {left_out}
-{calibration_table(evaluation.calibration)}
-<p>Below: beam {evaluation.beam_size}, ranked by each caption's own CIDEr.
-<a href="#worst">The worst</a> · <a href="#best">The best</a></p>
+<p>Below: beam {beam_size}, ranked by each caption's own CIDEr. {contents}</p>
 {sections}</body></html>
 """
     with replacing(path) as (temporary,):
         temporary.write_text(page, "utf-8")
 
 
-def calibration_table(calibration: "Calibration") -> str:
+def section(name: str, number: int, evaluation: "Evaluation", items: Sequence[CaptionedImage], most: int) -> str:
+    """One data set: how far its confidence goes, then its worst and its best captions."""
+    scores = evaluation.scores.per_image
+    shown = [item for item in items if str(item.path) in evaluation.captions]
+    ranked = sorted(shown, key=lambda item: scores[str(item.path)]["CIDEr"])
+    parts = [calibration_table(name, evaluation.calibration)]
+    for kind, chosen in (("worst", ranked[:most]), ("best", ranked[::-1][:most])):
+        parts.append(f'<h2 id="{kind}-{number}">{html.escape(name)}: the {len(chosen)} {kind}</h2>\n')
+        parts += [entry(item, evaluation.captions[str(item.path)], scores[str(item.path)]) for item in chosen]
+    return "".join(parts)
+
+
+def calibration_table(name: str, calibration: "Calibration") -> str:
     """How far the model's confidence can be trusted, for choosing a threshold."""
     lines = ["| confidence from | mean confidence | CIDEr | CIDEr of these and all surer ones |", "|---|---|---|---|"]
     for group in calibration.groups:
         cells = (group["confidence from"], group["mean confidence"], 100 * group["CIDEr"])
         lines.append("| {:.2f} | {:.2f} | {:.1f} | {:.1f} |".format(*cells, 100 * group["CIDEr from here on"]))
-    return f"""<h2>Confidence</h2>
+    return f"""<h2>{html.escape(name)}: confidence</h2>
 <p>Captions in groups of equal number, from the least to the most confident. Spearman's correlation of a caption's
 confidence with its CIDEr: {calibration.correlation:.2f}. <code>captioner --min-confidence</code> takes a threshold
 from the first column; the last one says what is left.</p>

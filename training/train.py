@@ -6,6 +6,7 @@ The same command under `torchrun --nproc-per-node N -m training.train ...` train
 import dataclasses
 import gzip
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training.batches import BlankSource, FeatureSource, ImageSource, MapSource, Source, encode_captions
 from training.config import TrainConfig, data_weights, parse_arguments
-from training.datasets import CaptionedImage, DatasetError, read_sources
+from training.datasets import CaptionedImage, DatasetError
 from training.distributed import Distributed, distributed
 from training.features import cached_maps, readable
+from training.sources import read_sources
 from training.trainer import Interrupted, Stage, Trainer, TrainingError
 from training.words import tokenize
 
@@ -63,6 +65,7 @@ def train(config: TrainConfig, processes: Distributed) -> float:
         )
         preprocessing = Preprocessing(size=(config.image_size, config.image_size))
         model = build_model(config, len(vocabulary))
+    warn_of_small_data(train_items, vocabulary, config)
     prepare_model(model, config, processes.device)
     log.info(
         "%d training images, %d dev images, %d words, %.1f million weights, %d process(es) on %s",
@@ -181,12 +184,44 @@ def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[Captio
         splits[split] = good
         problems += unreadable
         if not good:
-            raise DatasetError(f"{' and '.join(config.data)} have no usable image in their {split} split")
+            of_sets = ", ".join(f"{dataset.name} ({dataset.layout})" for dataset in datasets)
+            raise DatasetError(f"there is no usable image in the {split} split of {of_sets}")
     for problem in problems[:20]:
         log.warning("skipped: %s", problem)
     if len(problems) > 20:
         log.warning("... and %d more; %d skipped in all", len(problems) - 20, len(problems))
     return splits["train"], splits["dev"]
+
+
+def warn_of_small_data(items: Sequence[CaptionedImage], vocabulary: Vocabulary, config: TrainConfig) -> None:
+    """Warn where many words of the training captions are not in the vocabulary, or an epoch has only a few steps.
+
+    Raises:
+        DatasetError: not one of the words is in the vocabulary.
+    """
+    words = [word for item in items for caption in item.captions for word in tokenize(caption)]
+    unknown = [word for word in words if word not in vocabulary]
+    if config.start_from:
+        remedy = f"the vocabulary stays that of {config.start_from}; without --start-from a new one is made"
+    else:
+        remedy = f"only words that occur {config.minimum_count} times are kept; --minimum-count 1 keeps all"
+    if len(unknown) == len(words):
+        raise DatasetError(f"none of the {len(set(words))} words in the training captions is known: {remedy}")
+    if len(unknown) > len(words) / 10:
+        log.warning(
+            "%.0f%% of the words in the training captions (%d of %d different ones) become <unk>: %s",
+            100 * len(unknown) / len(words),
+            len(set(unknown)),
+            len(set(words)),
+            remedy,
+        )
+    if (steps := math.ceil(len(items) / config.batch_size)) < 10:
+        log.warning(
+            "%d training images are %d step(s) an epoch; with so few, a smaller --batch-size and more --epochs and "
+            "--patience are needed",
+            len(items),
+            steps,
+        )
 
 
 def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:

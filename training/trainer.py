@@ -40,6 +40,7 @@ from training.history import History
 from training.losses import caption_loss, hard_attention_loss, self_critical_loss, word_log_probabilities
 from training.metrics import quick_scores
 from training.rewards import CiderD, advantages
+from training.sources import parse_source
 from training.words import tokenize
 
 log = logging.getLogger("training")
@@ -61,7 +62,7 @@ FREE_OPTIONS = {
 def options_for_resuming(config: TrainConfig) -> dict[str, Any]:
     """The options as JSON gives them back; of the data sets only their names, since a folder may be moved."""
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    options["data"] = [source.partition("=")[0] for source in config.data]
+    options["data"] = [parse_source(source)[0] for source in config.data]
     return options
 
 
@@ -501,9 +502,9 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=self.model.device.type in ("cpu", "cuda"))
 
     def rate(self, step: int, total: int) -> float:
-        """The learning rate as a share of its peak: a linear warm-up, then a cosine."""
+        """The learning rate as a share of its peak: a linear warm-up (at most a tenth of the steps), then a cosine."""
         config = self.config
-        warm_up = min(1.0, (step + 1) / max(config.warmup_steps, 1))
+        warm_up = min(1.0, (step + 1) / max(min(config.warmup_steps, total // 10), 1))
         cosine = 0.5 * (1 + math.cos(math.pi * step / max(total, 1)))
         return warm_up * (config.final_rate + (1 - config.final_rate) * cosine)
 
