@@ -16,10 +16,16 @@ from captioner import heatmap
 from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from captioner.images import MAX_PIXELS, ImageSource, load_image
 from captioner.pretrained import DEFAULT_MODEL, model_folders
-from captioner.search import Hypotheses, beam_search, sample
+from captioner.search import (
+    BEAM_SIZE,
+    BLOCK_NGRAMS,
+    LENGTH_PENALTY,
+    MAX_LENGTH,
+    Hypotheses,
+    beam_search,
+    sample,
+)
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
-
-MAX_LENGTH = 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,11 +220,11 @@ class Captioner:
         images: ImageSource | Sequence[ImageSource],
         *,
         batch_size: int = 32,
-        beam_size: int = 5,
+        beam_size: int = BEAM_SIZE,
         alternatives: int | None = None,
         max_length: int = MAX_LENGTH,
-        length_penalty: float = 1.0,
-        block_ngrams: int = 2,
+        length_penalty: float = LENGTH_PENALTY,
+        block_ngrams: int = BLOCK_NGRAMS,
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -235,8 +241,7 @@ class Captioner:
                 sampling.
             max_length: most words in a caption.
             length_penalty: captions are ranked by log-probability over length to this power.
-            block_ngrams: when above 0, no run of that many words stands twice in a caption. The defaults of this
-                and of length_penalty are those that scored best on Flickr8k's dev images.
+            block_ngrams: when above 0, no run of that many words stands twice in a caption.
             temperature, top_p: when either is given, words are drawn by chance instead of searched for: from the
                 model's distribution sharpened (below 1) or flattened (above 1) by the temperature, and only from
                 the likeliest words that together reach top_p.

@@ -3,7 +3,7 @@
 Every mechanism is a module with the same two methods. `keys` is called once an image, `forward` once a word:
 
     keys = attention.keys(annotations)
-    context, alpha, choice = attention(hidden, keys, annotations, mask)
+    context, alpha, choice, drawn = attention(hidden, keys, annotations, mask)
 
 Shapes: annotations (images, regions, channels); hidden (images, rows, hidden), where the rows of an image are its
 captions in training and its beams in search, so that they share annotations and keys without a copy;
@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+# In place of a drawn region: the expected context vector was seen.
+EXPECTED = -1
+
 
 class Attended(NamedTuple):
     """What was seen.
@@ -23,11 +26,13 @@ class Attended(NamedTuple):
     alpha: (images, rows, heads, regions), the weights; each head's sum to 1 over the regions.
     choice: (images, rows), logarithm of the probability of the region that was drawn, which `hard` attention learns
         from; None where nothing is left to chance.
+    drawn: (images, rows), that region, or `EXPECTED` where the expected context vector was seen; None likewise.
     """
 
     context: Tensor
     alpha: Tensor
     choice: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -43,7 +48,14 @@ class Attention(nn.Module):
         """How well each region answers each hidden state, (images, rows, regions)."""
         raise NotImplementedError
 
-    def forward(self, hidden: Tensor, keys: Tensor, annotations: Tensor, mask: Tensor | None = None) -> Attended:
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        annotations: Tensor,
+        mask: Tensor | None = None,
+        drawn: Tensor | None = None,
+    ) -> Attended:
         """The context vector z = sum_i alpha_i a_i (Xu et al. 2015, equations 5, 6 and 13).
 
         Args:
@@ -51,6 +63,8 @@ class Attention(nn.Module):
             keys: what `keys` gave for these annotations.
             annotations: (images, regions, channels).
             mask: (images, regions), True where a region is real; None where all are. Others get weight zero.
+            drawn: (images, rows), what an earlier call gave as `Attended.drawn`, for the same regions to be seen
+                again; None to draw. Only `hard` attention draws.
         """
         alpha = only_real(self.scores(hidden, keys), mask).softmax(dim=-1)
         return Attended(alpha @ annotations, alpha.unsqueeze(2))
@@ -140,21 +154,30 @@ class HardAttention(AdditiveAttention):
         column = expected.to(annotations.dtype).expand(*annotations.shape[:2], 1)
         return torch.cat([self.W(annotations), column], dim=-1)
 
-    def forward(self, hidden: Tensor, keys: Tensor, annotations: Tensor, mask: Tensor | None = None) -> Attended:
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        annotations: Tensor,
+        mask: Tensor | None = None,
+        drawn: Tensor | None = None,
+    ) -> Attended:
         """See `Attention.forward`; in training `alpha` is the distribution, whatever was drawn from it."""
         log_alpha = only_real(self.scores(hidden, keys[..., :-1]), mask).log_softmax(dim=-1)
         alpha = log_alpha.exp()
-        expected = keys[:, :1, -1:] > 0  # (images, 1, 1)
-        if self.training:
-            region = torch.multinomial(alpha.detach().flatten(0, 1), 1).view(*alpha.shape[:2], 1)
-        else:
-            region = alpha.argmax(dim=-1, keepdim=True)
+        if drawn is None:
+            if self.training:
+                drawn = torch.multinomial(alpha.detach().flatten(0, 1), 1).view(alpha.shape[:2])
+            else:
+                drawn = alpha.argmax(dim=-1)
+            drawn = drawn.masked_fill(keys[:, :1, -1] > 0, EXPECTED)
+        expected, region = (drawn == EXPECTED)[..., None], drawn.clamp(min=0)[..., None]
         seen = torch.where(expected, alpha, torch.zeros_like(alpha).scatter(-1, region, 1.0))
         context = seen @ annotations
         if not self.training:
             return Attended(context, seen.unsqueeze(2))
         choice = log_alpha.gather(-1, region).masked_fill(expected, 0.0).squeeze(-1)
-        return Attended(context, alpha.unsqueeze(2), choice)
+        return Attended(context, alpha.unsqueeze(2), choice, drawn)
 
 
 class DotAttention(Attention):
@@ -218,7 +241,14 @@ class MultiHeadAttention(Attention):
         """The keys W a_i and the values V a_i side by side, (images, regions, 2 * attention_size)."""
         return torch.cat([self.W(annotations), self.V(annotations)], dim=-1)
 
-    def forward(self, hidden: Tensor, keys: Tensor, annotations: Tensor, mask: Tensor | None = None) -> Attended:
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        annotations: Tensor,
+        mask: Tensor | None = None,
+        drawn: Tensor | None = None,
+    ) -> Attended:
         """See `Attention.forward`; here `alpha` has a map for each head."""
         query = split_heads(self.U(hidden), self.heads)  # (images, heads, rows, d)
         key, value = (split_heads(part, self.heads) for part in keys.chunk(2, dim=-1))  # (images, heads, regions, d)

@@ -36,12 +36,14 @@ class Step(NamedTuple):
     state: the state after it.
     alpha: (images, rows, heads, regions), where it looked; sums to 1 over the regions.
     beta: (images, rows), how far the context vector was let in, 0 to 1; None where there is no such gate.
+    drawn: (images, rows, layers), the region that each layer's attention drew; see `captioner.attention.Attended`.
     """
 
     logits: Tensor
     state: Any
     alpha: Tensor
-    beta: Tensor | None
+    beta: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 class TeacherForced(NamedTuple):
@@ -115,6 +117,7 @@ class AttentionLSTM(nn.Module):
         self.output_weight = None if tie_embeddings else nn.Parameter(torch.empty_like(self.embedding.weight))
         self.dropout = nn.Dropout(dropout)
         self.gates_of_words: Tensor | None = None
+        self.gates_are_of: list[Tensor] = []  # copies of the weights that they were computed from
         nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)
         with torch.no_grad():
             self.embedding.weight[PAD].zero_()
@@ -130,6 +133,7 @@ class AttentionLSTM(nn.Module):
             annotations: (images, regions, channels).
             mask: (images, regions), True where a region is real; None where all are.
         """
+        self.forget_changed_words()
         return Scene(annotations, self.attention.keys(annotations), mask)
 
     def initial_state(self, scene: Scene, rows: int) -> State:
@@ -157,10 +161,16 @@ class AttentionLSTM(nn.Module):
         else:
             word_gates = nn.functional.embedding(words, self.gates_of_words)
         state, seen, beta = self.advance(scene, state, word_gates)
-        return Step(self.predict(embedded, state.hidden, seen.context), state, seen.alpha, beta)
+        drawn = None if seen.drawn is None else seen.drawn[..., None]
+        return Step(self.predict(embedded, state.hidden, seen.context), state, seen.alpha, beta, drawn)
 
     def forward(
-        self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None, inputs: Tensor | None = None
+        self,
+        annotations: Tensor,
+        captions: Tensor,
+        mask: Tensor | None = None,
+        inputs: Tensor | None = None,
+        drawn: Tensor | None = None,
     ) -> TeacherForced:
         """Read whole captions, each word predicted from the true ones before it.
 
@@ -170,6 +180,8 @@ class AttentionLSTM(nn.Module):
                 Fewest steps are wasted where each image's captions run from the longest to the shortest.
             mask: (images, regions), True where a region is real; None where all are.
             inputs: (images, rows, length), read in place of `captions`, which are still what is to be said.
+            drawn: (images, rows, length - 1, layers), the regions to be seen before each word, as a search drew
+                them (`captioner.search.Hypotheses`); None for attention to draw its own, where it draws.
         """
         scene = self.look(annotations, mask)
         inputs = (captions if inputs is None else inputs)[..., :-1]
@@ -182,9 +194,10 @@ class AttentionLSTM(nn.Module):
 
         state = self.initial_state(scene, captions.shape[1])
         hiddens, contexts, alphas, choices = [], [], [], []
-        for rows, gates in zip(rows_left, word_gates.unbind(dim=2), strict=True):
+        for t, (rows, gates) in enumerate(zip(rows_left, word_gates.unbind(dim=2), strict=True)):
             state = State(state.hidden[:, :rows], state.cell[:, :rows])
-            state, seen, _ = self.advance(scene, state, gates[:, :rows])
+            regions = None if drawn is None else drawn[:, :rows, t, 0]
+            state, seen, _ = self.advance(scene, state, gates[:, :rows], regions)
             absent = captions.shape[1] - rows
             hiddens.append(nn.functional.pad(state.hidden, (0, 0, 0, absent)))
             contexts.append(nn.functional.pad(seen.context, (0, 0, 0, absent)))
@@ -196,9 +209,11 @@ class AttentionLSTM(nn.Module):
         choice = torch.stack(choices, dim=2) * real if choices else None
         return TeacherForced(logits, targets[real], alpha * real[..., None, None], real, choice)
 
-    def advance(self, scene: Scene, state: State, word_gates: Tensor) -> tuple[State, Attended, Tensor]:
+    def advance(
+        self, scene: Scene, state: State, word_gates: Tensor, drawn: Tensor | None = None
+    ) -> tuple[State, Attended, Tensor]:
         """The recurrence: the new state, what was seen (its context vector gated), and beta."""
-        seen = self.attention(state.hidden, scene.keys, scene.annotations, scene.mask)
+        seen = self.attention(state.hidden, scene.keys, scene.annotations, scene.mask, drawn)
         beta = torch.sigmoid(self.beta(state.hidden))
         context = beta * seen.context
         gates = word_gates + self.state_to_gates(torch.cat([context, state.hidden], dim=-1))
@@ -214,20 +229,26 @@ class AttentionLSTM(nn.Module):
         return nn.functional.linear(self.dropout(torch.tanh(deep)), weight, self.output_bias)
 
     def remember_words(self) -> None:
-        """Compute every known word's share of the gates once, for search; forgotten as soon as weights may change."""
+        """Compute every known word's share of the gates once, for all searches until the weights change."""
         with torch.no_grad():
             self.gates_of_words = self.word_to_gates(self.embedding.weight)
+            self.gates_are_of = [weight.clone() for weight in self.weights_of_gates()]
 
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        self.gates_of_words = None  # other weights, other gates
-        super()._load_from_state_dict(*arguments, **options)
+    def weights_of_gates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights that decide what a word adds to the gates."""
+        return self.embedding.weight, self.word_to_gates.weight, self.word_to_gates.bias
+
+    def forget_changed_words(self) -> None:
+        """Drop remembered gates where a weight has changed since, in whatever way; asked once a search."""
+        if self.gates_of_words is not None and not all(map(torch.equal, self.weights_of_gates(), self.gates_are_of)):
+            self.gates_of_words, self.gates_are_of = None, []
 
     def _apply(self, *arguments: Any, **options: Any) -> "AttentionLSTM":
-        self.gates_of_words = None  # on another device, or in another precision
+        self.gates_of_words, self.gates_are_of = None, []  # on another device, or in another precision
         return super()._apply(*arguments, **options)
 
     def train(self, mode: bool = True) -> "AttentionLSTM":
         """Set training or evaluation mode; in training the weights change, so remembered gates are dropped."""
         if mode:
-            self.gates_of_words = None
+            self.gates_of_words, self.gates_are_of = None, []
         return super().train(mode)

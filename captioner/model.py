@@ -87,15 +87,18 @@ class ShowAttendTell(nn.Module):
         """
         return self.refine(self.project(self.encoder(images) if images.dim() == 4 else images))
 
-    def forward(self, images: Tensor, captions: Tensor, inputs: Tensor | None = None) -> TeacherForced:
+    def forward(
+        self, images: Tensor, captions: Tensor, inputs: Tensor | None = None, drawn: Tensor | None = None
+    ) -> TeacherForced:
         """Captions under teacher forcing.
 
         Args:
             images: (batch, 3, height, width) or encoder features (batch, regions, channels).
             captions: (batch, rows, length) ids, several captions an image; see `AttentionLSTM.forward`.
             inputs: the same shape, read in their place.
+            drawn: regions that `hard` attention drew earlier, to be seen again; see `AttentionLSTM.forward`.
         """
-        return self.decoder(self.annotate(images), captions, inputs=inputs)
+        return self.decoder(self.annotate(images), captions, inputs=inputs, drawn=drawn)
 
     @property
     def device(self) -> torch.device:

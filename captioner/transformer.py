@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from captioner.attention import build_attention, merge_heads, split_heads
+from captioner.attention import Attended, build_attention, merge_heads, split_heads
 from captioner.decoder import Scene, Step, TeacherForced
 from captioner.vocabulary import PAD
 
@@ -148,28 +148,35 @@ class DecoderLayer(nn.Module):
         self.feed_forward = feed_forward(size, dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, past: Tensor | None, scene: Scene) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, past: Tensor | None, scene: Scene, drawn: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Attended]:
         """Read new words of each caption.
 
         Args:
             x: (images, rows, new, size).
             past: (images, rows, steps, 2 * size), keys and values of the words before; None where there are none.
             scene: the image's annotation vectors with this layer's keys.
+            drawn: (images, rows, new), regions to be seen, where attention draws them; None for it to draw.
 
         Returns:
-            x again; keys and values of all words so far; alpha (images, rows, new, heads, regions); and the log
-            probability of what was drawn (images, rows, new), None where nothing was.
+            x again; keys and values of all words so far; and what was seen, (images, rows, new, ...).
         """
         images, rows, new, _ = x.shape
         before = None if past is None else past.flatten(0, 1)
         back, present = self.self_attention(self.norms[0](x).flatten(0, 1), before, causal=True)
         x = x + self.dropout(back.unflatten(0, (images, rows)))
         # Every place of every caption looks for itself: to the mechanism they are rows of one image.
-        seen = self.attention(self.norms[1](x).flatten(1, 2), scene.keys, scene.annotations, scene.mask)
-        x = x + self.dropout(self.read(seen.context).view_as(x))
+        drawn = None if drawn is None else drawn.flatten(1, 2)
+        seen = self.attention(self.norms[1](x).flatten(1, 2), scene.keys, scene.annotations, scene.mask, drawn)
+        context, alpha, choice, region = (None if part is None else part.unflatten(1, (rows, new)) for part in seen)
+        x = x + self.dropout(self.read(context))
         x = x + self.dropout(self.feed_forward(self.norms[2](x)))
-        choice = None if seen.choice is None else seen.choice.unflatten(1, (rows, new))
-        return x, present.unflatten(0, (images, rows)), seen.alpha.unflatten(1, (rows, new)), choice
+        return (
+            x,
+            present.unflatten(0, (images, rows)),
+            Attended(cast(Tensor, context), cast(Tensor, alpha), choice, region),
+        )
 
 
 class TransformerDecoder(nn.Module):
@@ -235,37 +242,57 @@ class TransformerDecoder(nn.Module):
 
     def step(self, scenes: tuple[Scene, ...], state: Past, words: Tensor) -> Step:
         """Read one word and score the next one; see `AttentionLSTM.step`. There is no beta gate: beta is None."""
-        x, presents, alpha, _ = self.read(scenes, words[..., None], state.keys_values)
-        return Step(self.predict(x[:, :, 0]), Past(torch.stack(presents, dim=2)), alpha[:, :, 0], None)
+        x, presents, alpha, _, drawn = self.read(scenes, words[..., None], state.keys_values)
+        drawn = None if drawn is None else drawn[:, :, 0]
+        return Step(self.predict(x[:, :, 0]), Past(torch.stack(presents, dim=2)), alpha[:, :, 0], None, drawn)
 
     def forward(
-        self, annotations: Tensor, captions: Tensor, mask: Tensor | None = None, inputs: Tensor | None = None
+        self,
+        annotations: Tensor,
+        captions: Tensor,
+        mask: Tensor | None = None,
+        inputs: Tensor | None = None,
+        drawn: Tensor | None = None,
     ) -> TeacherForced:
         """Read whole captions, all words at once; see `AttentionLSTM.forward`."""
         inputs = (captions if inputs is None else inputs)[..., :-1]
         targets = captions[..., 1:]
         real = targets != PAD
-        x, _, alpha, choice = self.read(self.look(annotations, mask), inputs, None)
+        x, _, alpha, choice, _ = self.read(self.look(annotations, mask), inputs, None, drawn)
         if choice is not None:
             choice = choice * real
         return TeacherForced(self.predict(x[real]), targets[real], alpha * real[..., None, None], real, choice)
 
     def read(
-        self, scenes: tuple[Scene, ...], words: Tensor, past: Tensor | None
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-        """New words (images, rows, new) through all layers; see `DecoderLayer.forward` for what it returns."""
+        self, scenes: tuple[Scene, ...], words: Tensor, past: Tensor | None, drawn: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None, Tensor | None]:
+        """New words through all layers.
+
+        Args:
+            scenes: what `look` gave.
+            words: (images, rows, new).
+            past: (images, rows, layers, steps, 2 * size); see `Past`.
+            drawn: (images, rows, new, layers), regions to be seen; None for attention to draw them, where it does.
+
+        Returns:
+            (images, rows, new, size); keys and values of each layer; alpha (images, rows, new, heads, regions); the
+            log-probability of the regions that were drawn (images, rows, new); and these (images, rows, new, layers).
+        """
         size = self.embedding.embedding_dim
         first = 0 if past is None else past.shape[3]
         places = sinusoids(first, words.shape[2], size).to(self.embedding.weight)
         x = self.dropout(self.embedding(words) * size**0.5 + places)
-        presents, alphas, choices = [], [], []
+        presents, seen = [], []
         for number, (layer, scene) in enumerate(zip(self.layers, scenes, strict=True)):
-            x, present, alpha, choice = layer(x, None if past is None else past[:, :, number], scene)
+            before = None if past is None else past[:, :, number]
+            x, present, found = layer(x, before, scene, None if drawn is None else drawn[..., number])
             presents.append(present)
-            alphas.append(alpha)
-            choices.append(choice)
-        choice = None if choices[0] is None else torch.stack(choices).sum(dim=0)
-        return x, presents, torch.cat(alphas, dim=3), choice
+            seen.append(found)
+        alpha = torch.cat([found.alpha for found in seen], dim=3)
+        if seen[0].choice is None:
+            return x, presents, alpha, None, None
+        choice = torch.stack([found.choice for found in seen]).sum(dim=0)
+        return x, presents, alpha, choice, torch.stack([found.drawn for found in seen], dim=-1)
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores of the next word, (..., vocabulary)."""

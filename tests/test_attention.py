@@ -41,7 +41,7 @@ def test_weights_are_non_negative_sum_to_one_and_are_zero_on_padding(
 ):
     hidden, annotations, mask = inputs(images, rows, regions, seed)
     attention = attention_of(name, seed, scale).train(training)
-    context, alpha, _ = attention(hidden, attention.keys(annotations), annotations, mask)
+    context, alpha, *_ = attention(hidden, attention.keys(annotations), annotations, mask)
     assert alpha.shape == (images, rows, attention.heads, regions)
     assert context.shape == (images, rows, SIZES["channels"])
     assert (alpha >= 0).all()
@@ -62,7 +62,7 @@ def test_what_is_not_real_is_never_seen(name):
 def test_additive_weights_are_those_of_the_equation():
     hidden, annotations, mask = inputs(2, 3, 5, seed=1)
     attention = attention_of("additive")
-    context, alpha, _ = attention(hidden, attention.keys(annotations), annotations, mask)
+    context, alpha, *_ = attention(hidden, attention.keys(annotations), annotations, mask)
     for i in range(2):
         for r in range(3):
             weights = additive_by_hand(attention, hidden[i, r], annotations[i], mask[i])
@@ -82,7 +82,7 @@ def additive_by_hand(attention, h, a, real):
 def test_products_are_torchs_scaled_dot_product_attention(name):
     hidden, annotations, mask = inputs(2, 3, 5, seed=2)
     attention = attention_of(name)
-    context, alpha, _ = attention(hidden, attention.keys(annotations), annotations, mask)
+    context, alpha, *_ = attention(hidden, attention.keys(annotations), annotations, mask)
     expected = nn.functional.scaled_dot_product_attention(
         attention.U(hidden),
         attention.W(annotations),
@@ -106,7 +106,7 @@ def test_several_heads_are_torchs_multi_head_attention():
     hidden, annotations = torch.randn(2, 4, size), torch.randn(2, 7, size)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 3:] = False
-    context, alpha, _ = ours(hidden, ours.keys(annotations), annotations, mask)
+    context, alpha, *_ = ours(hidden, ours.keys(annotations), annotations, mask)
     expected, maps = theirs(hidden, annotations, annotations, key_padding_mask=~mask, average_attn_weights=False)
     assert torch.allclose(context, expected, atol=1e-5)
     assert torch.allclose(alpha, maps.transpose(1, 2), atol=1e-6)
@@ -125,7 +125,7 @@ def test_no_attention_sees_the_mean_of_what_is_real():
 def test_hard_attention_sees_one_region_or_the_expectation(inference):
     hidden, annotations, mask = inputs(2, 3, 5, seed=6)
     attention = attention_of("hard", hard_inference=inference).eval()
-    context, alpha, choice = attention(hidden, attention.keys(annotations), annotations, mask)
+    context, alpha, choice, _ = attention(hidden, attention.keys(annotations), annotations, mask)
     assert choice is None
     for i in range(2):
         for r in range(3):
@@ -141,8 +141,9 @@ def test_hard_attention_draws_a_region_by_its_weight_and_half_of_the_images_are_
     hidden, annotations, mask = (x[:1].expand(4000, *x.shape[1:]) for x in inputs(1, 2, 4, seed=9))
     attention = attention_of("hard").train()
     torch.manual_seed(0)
-    context, alpha, choice = attention(hidden, attention.keys(annotations), annotations, mask)
+    context, alpha, choice, regions = attention(hidden, attention.keys(annotations), annotations, mask)
     drawn = choice[:, 0] < 0
+    assert regions[:, 0].ge(0).equal(drawn)
     assert drawn.eq(choice[:, 1] < 0).all()  # one coin an image
     assert 0.45 < drawn.float().mean() < 0.55
     assert torch.allclose(context[~drawn], alpha[~drawn, :, 0] @ annotations[~drawn], atol=1e-6)
@@ -163,7 +164,7 @@ def toy(images: int):
 
 
 def toy_output(attention, annotations, hidden):
-    context, alpha, choice = attention(hidden, attention.keys(annotations), annotations)
+    context, alpha, choice, _ = attention(hidden, attention.keys(annotations), annotations)
     images = len(context)
     targets = torch.full((images,), 2)
     real = torch.ones(images, 1, 1, dtype=torch.bool)

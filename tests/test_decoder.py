@@ -152,16 +152,42 @@ def test_remembered_words_are_forgotten_when_training_goes_on():
     assert net.train().gates_of_words is None
 
 
-def test_remembered_words_are_not_those_of_weights_that_are_gone():
+def loaded(net, other):
+    net.load_state_dict(other.state_dict())
+
+
+def stepped(net, other):
+    optimiser = torch.optim.SGD(net.parameters(), lr=1.0)
+    for parameter, wanted in zip(net.parameters(), other.parameters(), strict=True):
+        parameter.grad = (parameter - wanted).detach()
+    optimiser.step()
+
+
+def in_place(net, other):
+    for parameter, wanted in zip(net.parameters(), other.parameters(), strict=True):
+        parameter.data.add_(wanted.data - parameter.data)
+
+
+@pytest.mark.parametrize("change", [loaded, stepped, in_place])
+@pytest.mark.parametrize("weight", ["embedding.weight", "word_to_gates.weight", "word_to_gates.bias"])
+def test_remembered_words_are_not_those_of_weights_that_are_gone(change, weight):
     net, other = decoder().eval(), decoder().eval()
     with torch.no_grad():
-        other.embedding.weight.add_(1.0)
+        other.get_parameter(weight).add_(1.0)
     net.remember_words()
-    net.load_state_dict(other.state_dict())
+    change(net, other)
     scene = net.look(torch.ones(1, REGIONS, CHANNELS, dtype=torch.double))
     words = torch.tensor([[START, 5]])
     ours, theirs = (each.step(scene, each.initial_state(scene, rows=2), words).logits for each in (net, other))
     assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_words_are_remembered_as_long_as_the_weights_stay():
+    net = decoder().eval()
+    net.remember_words()
+    gates = net.gates_of_words
+    net.look(torch.ones(1, REGIONS, CHANNELS, dtype=torch.double))
+    assert net.gates_of_words is gates
 
 
 @pytest.mark.parametrize("where", [{"device": "meta"}, {"dtype": torch.bfloat16}], ids=str)

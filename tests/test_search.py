@@ -1,15 +1,17 @@
 """Greedy, beam and sampled decoding find what they should, for many images as for one."""
 
 import itertools
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import small_model
 
-from captioner.search import beam_search, sample
+from captioner.attention import EXPECTED, HardAttention
+from captioner.decoder import Step
+from captioner.search import beam_search, gather_rows, sample
 from captioner.vocabulary import END, PAD, START, UNKNOWN
+from training.losses import word_log_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ class Toy:
         history = state.history * 7 + words[..., None]
         logits = torch.sin(history * 12.9898 + torch.arange(7) * 78.233 + scene[:, :1, :1]) * 3
         alpha = torch.full((*words.shape, 1, scene.shape[1]), 1 / scene.shape[1])
-        return SimpleNamespace(logits=logits, state=ToyState(history), alpha=alpha)
+        return Step(logits, ToyState(history), alpha)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
@@ -111,7 +113,7 @@ class BigToy:
     def step(self, scene, state, words):
         step = self.toy.step(scene, state, words)
         never = torch.full((*words.shape, 60), float("-inf"))
-        return SimpleNamespace(logits=torch.cat([step.logits, never], dim=-1), state=step.state, alpha=step.alpha)
+        return step._replace(logits=torch.cat([step.logits, never], dim=-1))
 
 
 def every_caption(length):
@@ -187,6 +189,41 @@ def test_sampled_log_probabilities_are_those_of_the_distribution_that_was_drawn_
         expected = logits.log_softmax(dim=-1).gather(1, torch.tensor(words)[:, None]).squeeze(1)
         assert torch.allclose(found.log_probabilities[image, row, : len(words)], expected, atol=1e-5)
         assert (found.log_probabilities[image, row, len(words) :] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["lstm", "transformer"])
+@pytest.mark.parametrize("search", [lambda *of: beam_search(*of, beam_size=3), lambda *of: sample(*of, samples=3)])
+def test_the_regions_that_were_drawn_for_a_caption_can_be_seen_again(annotations, kind, search):
+    net = small_model(words=30, decoder=kind, attention="hard", heads=3, dropout=0.5).decoder.eval()
+    for module in net.modules():
+        if isinstance(module, HardAttention):
+            module.train()
+            torch.nn.init.normal_(module.v.weight, std=10.0)  # where it looks depends on what it saw
+    torch.manual_seed(0)
+    with torch.no_grad():
+        net.output_bias[END] = -1.0
+        found = search(net, annotations, None)
+        order = found.lengths.argsort(dim=1, descending=True)
+        words, told, drawn = (gather_rows(part, order) for part in (found.words, found.log_probabilities, found.drawn))
+        captions = torch.cat([torch.full_like(words[..., :1], START), words], dim=2)
+        again = net(annotations, captions, drawn=drawn)
+        other = net(annotations, captions)
+    assert drawn.shape == (*words.shape, 2 if kind == "transformer" else 1)
+    expected = (drawn == EXPECTED)[:, 0, 0, 0]
+    assert expected.any()
+    assert not expected.all()
+
+    def told_by(output):
+        return word_log_probabilities(output, excluded=(PAD, START, UNKNOWN))[..., 1:]  # no caption is empty
+
+    assert torch.allclose(told_by(again), told[..., 1:], atol=1e-5)
+    assert torch.allclose(again.alpha, gather_rows(found.alpha, order), atol=1e-5)
+    assert not torch.allclose(told_by(other), told[..., 1:], atol=1e-2)
+    chosen = again.alpha[:, :, :, 0].log().gather(3, drawn[..., :1].clamp(min=0)).squeeze(3)
+    if kind == "lstm":
+        here = again.real & ~expected[:, None, None]
+        assert torch.allclose(again.choice[here], chosen[here], atol=1e-5)
+        assert (again.choice[~here] == 0).all()
 
 
 @pytest.mark.parametrize("search", [beam_search, lambda *args: sample(*args, samples=3, seed=0)])

@@ -1,6 +1,11 @@
 """A data set of drawn pictures in the layout of Flickr8k's release, and the smallest model to train on it."""
 
 import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -82,3 +87,34 @@ def encoder_weights(path: Path, name: str = "mobilenet_v2") -> Path:
             network(colours + torch.randn(16, 3, 64, 64) / 2)
     save_file(network.state_dict(), path)
     return path
+
+
+def start(arguments: Sequence[str], killed_at_image: int = 0) -> multiprocessing.Process:
+    """Training in a process of its own, which has imported what it needs already.
+
+    With `killed_at_image` it kills itself as it reads that photograph for the cache of features.
+    """
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["training.train", "training.history", "torch.utils.tensorboard", "matplotlib.figure"])
+    process = forks.Process(target=train, args=(list(arguments), killed_at_image))
+    process.start()
+    return process
+
+
+def train(arguments: list[str], killed_at_image: int) -> None:
+    """Run training with as many threads as the tests, and end the process."""
+    from training import batches
+    from training.train import main
+
+    torch.set_num_threads(1)
+    if killed_at_image:
+        one, read = batches.ImageSource.one, []
+
+        def one_or_die(self: batches.ImageSource, index: int, epoch: int) -> Image.Image:
+            read.append(index)
+            if len(read) == killed_at_image:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return one(self, index, epoch)
+
+        batches.ImageSource.one = one_or_die
+    sys.exit(main(arguments))

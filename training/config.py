@@ -11,6 +11,7 @@ from typing import Any
 
 from captioner.attention import MECHANISMS
 from captioner.model import DECODERS
+from captioner.search import BEAM_SIZE, MAX_LENGTH
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -59,7 +60,7 @@ class TrainConfig:
     tie_embeddings: bool = option(False, "share one matrix between word embeddings and output layer")
 
     minimum_count: int = option(5, "words rarer than this in the training captions become <unk>")
-    max_length: int = option(22, "captions are cut after this many words")
+    max_length: int = option(MAX_LENGTH, "captions are cut after this many words")
 
     language: str = option("", "text file (or .gz) of captions without pictures, one a line, to be learnt first")
     language_epochs: int = option(1, "epochs on these captions, before stage one")
@@ -104,7 +105,7 @@ class TrainConfig:
     ema_decay: float = option(0.998, "decay of the moving average of the weights, which is what is scored and saved")
 
     monitor: str = option("CIDEr", "score of decoded dev captions that picks the best model", ("CIDEr", "BLEU-4"))
-    monitor_beam: int = option(3, "beam size of that decoding")
+    monitor_beam: int = option(BEAM_SIZE, "beam size of that decoding, which is otherwise the one that users get")
     patience: int = option(5, "a stage ends after this many epochs without a better score")
 
     seed: int = option(0, "decides the initial weights, the order of the images, dropout and augmentation")

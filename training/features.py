@@ -1,5 +1,6 @@
 """What a frozen encoder sees, computed once for every image and kept in a memory-mapped file."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import secrets
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +22,11 @@ from captioner.images import ImageError, load_image
 from training.batches import ImageSource
 from training.datasets import CaptionedImage
 from training.distributed import Distributed
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where leftovers stay
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("training")
 
@@ -37,7 +44,10 @@ def cached_maps(
 
     It is read from the cache if it is there. The file's name is a digest of all that decides its content: the
     encoder's graph and weights, the preprocessing, the augmentation, and the images' names, sizes and dates. It is
-    written under a temporary name, each process filling its share, and renamed when it is whole.
+    written under a temporary name, each process filling its share, and renamed when it is whole. Two runs that need
+    the same file at once each write their own. What a killed run left is removed by the next one.
+
+    It takes 2 bytes a value: for 6000 images, 49 regions and 1280 channels 0.75 GB.
 
     Args:
         encoder: in evaluation mode, on the device to compute on.
@@ -67,7 +77,8 @@ def cached_maps(
 
     with ThreadPoolExecutor() as threads, torch.inference_mode():
         shape = (len(items), *compute([Image.new("RGB", preprocessing.size[::-1])]).shape[1:])
-        temporary = distributed.agree(reserve(path, shape) if distributed.is_first else None)
+        reserved = reserve(path, shape) if distributed.is_first else None
+        temporary = Path(distributed.agree(reserved.name if reserved else ""))
         try:
             features = np.lib.format.open_memmap(temporary, mode="r+")
             batches = [range(start, min(start + batch_size, len(items))) for start in range(0, len(items), batch_size)]
@@ -81,33 +92,58 @@ def cached_maps(
             if distributed.is_first:
                 temporary.replace(path)
         finally:
-            if distributed.is_first:
+            if reserved:
+                reserved.close()
                 temporary.unlink(missing_ok=True)
     distributed.barrier()
     return np.load(path, mmap_mode="r")
 
 
-def reserve(path: Path, shape: tuple[int, ...]) -> Path:
+def reserve(path: Path, shape: tuple[int, ...]) -> BinaryIO:
     """A file of zeros (float16) beside `path` under a name of its own, its space on the disk taken already.
+
+    As long as it is open it is locked, by which other runs know that it is being written.
 
     Raises:
         OSError: the disk has no room for it.
     """
+    remove_leftovers(path.parent)
     size = 2 * math.prod(shape)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     log.info("caching %.1f GB in %s", size / 1e9, path.parent)
+    file = temporary.open("xb")
     try:
+        lock(file)
         np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape).flush()
         if hasattr(os, "posix_fallocate"):
             # A sparse file would end the process without a word where the disk runs full.
-            with temporary.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
     except OSError as error:
+        file.close()
         temporary.unlink(missing_ok=True)
         raise OSError(
             error.errno, f"no room for {size / 1e9:.1f} GB of cached features: {error.strerror}", str(path.parent)
         ) from error
-    return temporary
+    return file
+
+
+def lock(file: BinaryIO) -> bool:
+    """Lock a file until it is closed or its process dies. Returns False where another one holds it, or none can."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Remove the unfinished files that killed runs left in the cache: those that no process holds the lock of."""
+    for path in cache.glob(".features-*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:  # gone meanwhile, or another user's
+            if lock(file):
+                path.unlink()
 
 
 def features_key(encoder: Encoder, photographs: ImageSource, view: int = 0, below: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ class History:
         figure = Figure(figsize=(9, 4), layout="constrained")
         losses, scores = figure.subplots(1, 2)
         epochs = range(1, len(rows) + 1)
-        losses.plot(epochs, [row["loss"] for row in rows], marker=".")
+        # The model that a run goes on from has scores, but no loss.
+        losses.plot(epochs, [row["loss"] or math.nan for row in rows], marker=".")
         losses.set(title="training loss", xlabel="epoch")
         for name in ("BLEU-4", "CIDEr"):
             scores.plot(epochs, [100 * row[name] for row in rows], marker=".", label=name)

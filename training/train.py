@@ -16,6 +16,7 @@ import torch
 
 from captioner.api import find_model
 from captioner.checkpoint import CheckpointError, load_checkpoint
+from captioner.encoder import normalisation
 from captioner.images import Preprocessing
 from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
@@ -63,7 +64,7 @@ def train(config: TrainConfig, processes: Distributed) -> float:
         vocabulary = Vocabulary.build(
             (tokenize(caption) for item in train_items for caption in item.captions), config.minimum_count
         )
-        preprocessing = Preprocessing(size=(config.image_size, config.image_size))
+        preprocessing = build_preprocessing(config)
         model = build_model(config, len(vocabulary))
     warn_of_small_data(train_items, vocabulary, config)
     prepare_model(model, config, processes.device)
@@ -222,6 +223,12 @@ def warn_of_small_data(items: Sequence[CaptionedImage], vocabulary: Vocabulary, 
             len(items),
             steps,
         )
+
+
+def build_preprocessing(config: TrainConfig) -> Preprocessing:
+    """How the encoder's weights expect their images, at the size asked for."""
+    mean, std = normalisation(config.encoder, config.encoder_weights or None)
+    return Preprocessing((config.image_size, config.image_size), mean, std)
 
 
 def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from captioner.attention import EXPECTED, HardAttention
 from captioner.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -29,7 +30,7 @@ from captioner.checkpoint import (
 from captioner.decoder import TeacherForced
 from captioner.images import Preprocessing
 from captioner.model import ShowAttendTell
-from captioner.search import beam_search, gather_rows, sample
+from captioner.search import BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH, beam_search, gather_rows, sample
 from captioner.vocabulary import END, PAD, SPECIAL, START, Vocabulary
 from training.batches import Batch, EpochBatches, ImageSource, Source, encode_captions
 from training.composed import Composed, add_composed, compose, composed_loss, content_words, split_composed
@@ -199,9 +200,12 @@ class Trainer:
         if self.distributed.size > 1:
             parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
 
+        if self.config.start_from and resumed is None and not self.progress.history:
+            self.validate(stage, "start")
+            self.save(optimiser)
         while self.progress.epoch < stage.epochs and self.progress.stale < self.config.patience:
             self.run_epoch(stage, parallel, optimiser)
-            self.validate(stage)
+            self.validate(stage, stage.name)
             self.progress.epoch += 1
             self.progress.batch, self.progress.seconds = 0, 0.0
             self.progress.loss_sum, self.progress.reward_sum = 0.0, 0.0
@@ -224,7 +228,10 @@ class Trainer:
         # Cached features are read faster than another process could hand them over.
         workers = self.config.workers if isinstance(stage.train, ImageSource) else 0
         loader = batches.loader(progress.batch, workers, pin_memory=distributed.device.type == "cuda")
-        parallel.train()
+        if stage.self_critical:
+            self.draw_regions()
+        else:
+            parallel.train()
         bar = tqdm(
             loader,
             f"{stage.name} epoch {progress.epoch + 1}/{stage.epochs}",
@@ -350,32 +357,50 @@ class Trainer:
         inputs[..., 1:] = captions[..., 1:].masked_scatter(output.real, words)
         return inputs
 
+    def draw_regions(self) -> None:
+        """Set the mode of self-critical training: no dropout, and `hard` attention draws the regions that it sees.
+
+        Captions are rewarded for the network that said them: dropout is off as they are drawn and as they are learnt,
+        and the regions that were drawn for a caption are seen again as it is read.
+        """
+        self.model.eval()
+        for module in self.model.modules():
+            if isinstance(module, HardAttention):
+                module.train()
+
     def self_critical(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
         """This process's share of the loss on captions that the model draws; the sum of its images' mean rewards."""
         images = batch.images.to(self.distributed.device, non_blocking=True)
         composed = self.compose(stage, batch, images)
         count = len(images)
         images = self.features(stage, images if composed is None else torch.cat([images, composed.images]))
-        captions, rewards, advantage = self.draw(images[:count].detach(), batch.indices)
+        captions, regions, rewards, advantage = self.draw(images[:count].detach(), batch.indices)
         samples = captions.shape[1]
         if composed:
             _, captions = add_composed(images, captions, composed._replace(images=images[:0]))
-        output, extra = self.read_composed(batch, samples, composed, self.read(parallel, images, captions))
+            if regions is not None:  # composed pictures are seen by expectation
+                more = (len(captions) - count, captions.shape[1] - samples, captions.shape[2] - 1 - regions.shape[2])
+                regions = nn.functional.pad(regions, (0, 0, 0, more[2], 0, more[1], 0, more[0]), value=EXPECTED)
+        read = self.read(parallel, images, captions, regions=regions)
+        output, extra = self.read_composed(batch, samples, composed, read)
         advantage = advantage * batch.image_weights.to(advantage)[:, None]
         loss = extra + self_critical_loss(output, advantage, batch.size * samples)
         return loss, rewards.mean(dim=1).sum().to(loss)
 
-    def draw(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Captions drawn from the model as it is, (images, samples, length), their rewards and their advantages.
+    def draw(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Captions drawn from the model as it is, the regions drawn for them, their rewards and their advantages.
 
         They are drawn by chance, or are the best that beam search finds (Cornia et al. 2020, section 3.3), which a
         model that writes well learns from sooner. Which they are depends on the step and the image, not on the
         process that draws them.
+
+        Returns:
+            Captions (images, samples, length); regions (images, samples, length - 1, layers), None where attention
+            draws none; rewards and advantages (images, samples).
         """
         config, model, progress, reward = self.config, self.model, self.progress, self.reward
         assert reward is not None, "made with the trainer where a stage needs it"
         seeds = [hash((config.seed, progress.stage, progress.step, index)) % 2**63 for index in indices]
-        model.eval()
         model.decoder.remember_words()
         decoder, length = model.decoder, config.max_length
         greedy = None
@@ -386,16 +411,18 @@ class Trainer:
             else:
                 drawn = sample(decoder, annotations, samples=config.scst_samples, max_length=length, seed=seeds)
             if config.scst_baseline == "greedy":
+                model.eval()  # what the model says when it is used: hard attention does not draw
                 likeliest = beam_search(decoder, annotations, beam_size=1, max_length=length).words
                 greedy = self.rewards(reward, indices, likeliest)[:, 0]
+                self.draw_regions()
         rewards = self.rewards(reward, indices, drawn.words)
         advantage = advantages(rewards, greedy)
-        model.train()
         # From the longest to the shortest, which is read fastest.
         order = drawn.lengths.argsort(dim=1, descending=True)
         start = torch.full_like(drawn.words[..., :1], START)
         captions = torch.cat([start, gather_rows(drawn.words, order)], dim=2)
-        return captions, rewards, gather_rows(advantage.to(captions.device), order)
+        regions = None if drawn.drawn is None else gather_rows(drawn.drawn, order)
+        return captions, regions, rewards, gather_rows(advantage.to(captions.device), order)
 
     def features(self, stage: Stage, images: Tensor) -> Tensor:
         """What the encoder sees, computed once where the decoder reads it twice: the same in training as without."""
@@ -404,10 +431,17 @@ class Trainer:
         with torch.set_grad_enabled(stage.train_from is not None):
             return cast(Tensor, self.model.encoder(images))
 
-    def read(self, model: nn.Module, images: Tensor, captions: Tensor, inputs: Tensor | None = None) -> TeacherForced:
+    def read(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        captions: Tensor,
+        inputs: Tensor | None = None,
+        regions: Tensor | None = None,
+    ) -> TeacherForced:
         """Captions under teacher forcing, computed in the encoder's type; losses take logits in float32."""
         with self.autocast():
-            output: TeacherForced = model(images, captions, inputs)
+            output: TeacherForced = model(images, captions, inputs, regions)
         return output._replace(logits=output.logits.float())
 
     def autocast(self) -> torch.autocast:
@@ -424,20 +458,25 @@ class Trainer:
             ]
         )
 
-    def validate(self, stage: Stage) -> None:
-        """Caption the dev images with the averaged weights, record the scores, keep the model if it is the best."""
+    def validate(self, stage: Stage, name: str) -> None:
+        """Caption the dev images with the averaged weights, record the scores, keep the model if it is the best.
+
+        They are captioned as `Captioner.caption` does it. A run that goes on from a model begins with a row of the
+        name "start" for that model, epoch 0, so that the best of the run is never worse than it.
+        """
         candidates = self.decode(stage)
         scores = self.score(candidates)
         progress, config = self.progress, self.config
+        started = name == "start"
         row = {
-            "stage": stage.name,
-            "epoch": progress.epoch + 1,
-            "loss": progress.loss_sum / max(progress.batch, 1),
-            "reward": progress.reward_sum / max(progress.batch, 1) if stage.self_critical else "",
+            "stage": name,
+            "epoch": 0 if started else progress.epoch + 1,
+            "loss": "" if started else progress.loss_sum / max(progress.batch, 1),
+            "reward": progress.reward_sum / max(progress.batch, 1) if stage.self_critical and not started else "",
             **scores,
             "distinct": len({" ".join(words) for words in candidates}) / max(len(candidates), 1),
             "seconds": progress.seconds,
-            "images_per_second": len(self.names) / max(progress.seconds, 1e-9),
+            "images_per_second": 0.0 if started else len(self.names) / max(progress.seconds, 1e-9),
         }
         progress.history.append(row)
         log.info("%s", "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
@@ -479,7 +518,9 @@ class Trainer:
                 model.decoder,
                 annotations,
                 beam_size=self.config.monitor_beam,
-                max_length=self.config.max_length,
+                max_length=MAX_LENGTH,
+                length_penalty=LENGTH_PENALTY,
+                block_ngrams=BLOCK_NGRAMS,
             ).words[:, 0]
             found.update(zip(share, map(self.vocabulary.decode, best.tolist()), strict=True))
         for others in distributed.gather(found):
