@@ -42,6 +42,7 @@ class History:
         table = csv.DictWriter(text, list(rows[-1]))
         table.writeheader()
         table.writerows(rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.folder / "history.csv") as (path,):
             path.write_text(text.getvalue(), "utf-8")
         for name, value in rows[-1].items():
