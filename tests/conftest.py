@@ -57,14 +57,12 @@ def flickr8k() -> Path:
 @contextlib.contextmanager
 def run_app(models, **options) -> Iterator[str]:
     """The demo on a free port of this machine, for as long as the block lasts; its address."""
-    import uvicorn
-
-    from app.server import create
+    from app.server import configure, create
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(create(models, **options), host="127.0.0.1", port=port, log_level="error"))
+    server = configure(create(models, **options), "127.0.0.1", port, log_level="error")
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
