@@ -32,6 +32,8 @@ SERVED = re.compile(
 )
 CALL = re.compile(r"/gradio_api/(?P<way>queue/join|call/v2|call|run|api)(/(?P<name>[^/]+))?/?")
 FILE_OF_ANOTHER_HOST = re.compile(r"/gradio_api/file=\s*[a-z][a-z0-9+.-]+:.*", re.IGNORECASE | re.DOTALL)
+UPLOAD = "/gradio_api/upload"
+MOST_IGNORED = 500_000_000  # bytes of a request that are read only so that the client reads the refusal
 MOST_BYTES = 4_000_000  # of a request that calls a function; photos are uploaded before
 
 LINK = "This server asks no other host for anything: download the photo, and upload the file."
@@ -57,6 +59,8 @@ class Gate:
             return await self.app(scope, receive, send)
         path = scope["path"]
         problem = self.refuse(scope)
+        if path == UPLOAD:
+            receive, send = patient(receive, send)
         if problem is None and scope["method"] == "POST" and (called := CALL.fullmatch(path)):
             body = await read(receive)
             if body is None:
@@ -123,15 +127,40 @@ class Gate:
 
 
 async def read(receive: Receive) -> bytes | None:
-    """The body of a request, cut where it is too large; None where the client went away."""
-    body = b""
-    while True:
+    """The body of a request, only its beginning where it is too large; None where the client went away."""
+    body, more, ignored = b"", True, 0
+    while more and ignored < MOST_IGNORED:
         message = await receive()
         if message["type"] != "http.request":
             return None
-        body += message.get("body", b"")
-        if len(body) > MOST_BYTES or not message.get("more_body"):
-            return body
+        part, more = message.get("body", b""), message.get("more_body", False)
+        if len(body) > MOST_BYTES:
+            ignored += len(part)
+        else:
+            body += part
+    return body
+
+
+def patient(receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """The same, but an answer waits for the end of the request.
+
+    A client that still sends when the connection is closed sees an error of the network, and not the reason.
+    """
+    more = True
+
+    async def receive_part() -> MutableMapping[str, Any]:
+        nonlocal more
+        message = await receive()
+        more = message.get("more_body", False)
+        return message
+
+    async def send_late(message: MutableMapping[str, Any]) -> None:
+        ignored = 0
+        while more and ignored < MOST_IGNORED:
+            ignored += len((await receive_part()).get("body", b""))
+        await send(message)
+
+    return receive_part, send_late
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -202,6 +202,7 @@ def build(
                     with gr.Row(elem_classes="samples"):
                         for file in files:
                             sample = gr.Button(file.stem.capitalize(), icon=file, min_width=70, elem_classes="sample")
+                            sample.keep_in_cache.update(sample.temp_files)  # else deleted like an upload
                             sample.click(partial(str, file), None, photo, api_visibility="private", queue=False)
                     chosen = gr.CheckboxGroup(
                         names, value=names[:1], label="Models, side by side", visible=len(names) > 1

@@ -63,6 +63,8 @@ def create(
         """Whether the server is up, and with which models; it needs no thread, so that it never waits for one."""
         return {"status": "ok", "models": list(models)}
 
+    # Gradio's statistics, which nobody sees here, grow with every request, and are computed anew after each.
+    os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9)}
     page = build(service, SAMPLES, concurrency, keep_seconds)
     page.queue(max_size=queue, default_concurrency_limit=concurrency, api_open=False)
     page.has_launched = True  # as Blocks.launch() says; only then does Gradio refuse paths that nobody uploaded

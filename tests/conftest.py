@@ -1,8 +1,11 @@
 """What several test files share."""
 
+import atexit
 import contextlib
 import os
+import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +24,9 @@ from captioner.vocabulary import Vocabulary
 torch.set_num_threads(1)
 
 PHOTOS = Path(__file__).parent / "photos"
+# A demo that stops deletes its uploads: not those of the demos that other processes test at the same time.
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="captioner-tests-")
+atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 
 def small_model(words: int = 40, seed: int = 0, **changes) -> ShowAttendTell:
