@@ -165,7 +165,7 @@ def bad_cases(folder: Path, photo: Path) -> list[Case]:
         Case("not uploaded", absent, "was not uploaded"),
         Case("a link", link, "asks no other host"),
         Case("no file", None, "Choose a photo"),
-        Case("no such file", 5, "cannot read this request"),
+        Case("no such file", 5, "path that its upload gave"),
         Case("beam size 0", photo, "beam size should be", ((2, 0),)),
         Case("beam size nan", photo, "beam size should be", ((2, float("nan")),)),
         Case("temperature as text", photo, "temperature should be", ((6, "hot"),)),

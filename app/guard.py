@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder
+from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 
@@ -38,6 +39,9 @@ MOST_BYTES = 4_000_000  # of a request that calls a function; photos are uploade
 
 LINK = "This server asks no other host for anything: download the photo, and upload the file."
 NOT_UPLOADED = "This file was not uploaded, or it was deleted since: upload it again."
+NO_FILE = (
+    'A photo should be named by the path that its upload gave: {"path": ..., "meta": {"_type": "gradio.FileData"}}.'
+)
 UNREADABLE = "The server cannot read this request. The cause is in its log; the other requests are not affected."
 
 
@@ -190,6 +194,8 @@ class Page(gr.Blocks):
             return [put_back(value, refused) for value, (_, refused) in zip(values, sifted, strict=True)]
         except Refused as error:
             reason = error
+        except ValidationError:
+            reason = Refused(NO_FILE)
         except gr.Error as error:
             reason = Refused(str(error.message))
         except Exception:
