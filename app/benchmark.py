@@ -273,18 +273,21 @@ def break_off(url: str, case: Case) -> None:
 class HealthWatch(threading.Thread):
     """Asks for /health five times a second, as long as the block lasts.
 
+    asked: how often it asked.
     longest: seconds that the slowest answer took.
     """
 
     def __init__(self, url: str) -> None:
         super().__init__(name="health")
-        self.url, self.longest, self.ended = url, 0.0, threading.Event()
+        self.url, self.ended = url, threading.Event()
+        self.asked, self.longest = 0, 0.0
 
     def run(self) -> None:
         """Ask until the block ends."""
         while not self.ended.wait(0.2):
             started = time.perf_counter()
             urllib.request.urlopen(f"{self.url}/health", timeout=60).close()
+            self.asked += 1
             self.longest = max(self.longest, time.perf_counter() - started)
 
     def __enter__(self) -> "HealthWatch":

@@ -1,5 +1,6 @@
 """What stands between the network and Gradio: which paths are served, to whom, and what a request may hold."""
 
+import contextlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from typing import Any
 import gradio as gr
 from gradio.utils import get_upload_folder
 from pydantic import ValidationError
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import JSONResponse
 
 from app.service import Refused, shown
@@ -72,7 +73,9 @@ class Gate:
             problem = self.refuse_call(called["way"], called["name"], body)
             receive = replayed(body, receive)
         if problem is None:
-            return await self.app(scope, receive, send)
+            with contextlib.suppress(ClientDisconnect):
+                await self.app(scope, receive, send)
+            return None
         status, detail = problem
         return await JSONResponse({"detail": detail}, status)(scope, receive, send)
 

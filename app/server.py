@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from gradio.server_messages import HeartbeatMessage
+from gradio.server_messages import ProcessCompletedMessage
 from gradio.utils import get_upload_folder
 from starlette.routing import Mount
 
@@ -24,6 +24,7 @@ from captioner import Captioner
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 FAVICON = Path(__file__).parent / "assets" / "favicon.svg"
 GRACE_SECONDS = 3  # how long requests may go on when the server is told to stop
+STOPPED = "The server was stopped before this request was answered: send it again."
 SESSIONS = 256  # whose last values are kept: Gradio's default of 10,000 fills the memory
 
 
@@ -113,9 +114,12 @@ async def drain(page: gr.Blocks, seconds: float) -> None:
     queue, until = page._queue, time.monotonic() + seconds
     while (any(queue.active_jobs) or len(queue)) and time.monotonic() < until:
         await asyncio.sleep(0.05)
+    for waiting in queue.event_queue_per_concurrency_id.values():
+        waiting.queue.clear()
+    for event in list(queue.event_ids_to_events.values()):
+        queue.send_message(event, ProcessCompletedMessage(output={"error": STOPPED}, success=False))
+    await asyncio.sleep(0.2)  # until that is sent
     queue.close()
-    for messages in list(queue.pending_messages_per_session.values()):
-        messages.put_nowait(HeartbeatMessage())  # wakes the stream, which finds the queue closed
 
 
 async def sweep(folder: Path, keep_seconds: float) -> None:
