@@ -32,6 +32,7 @@ from PIL import Image
 
 from captioner import Captioner
 from captioner.cli import positive
+from captioner.pretrained import DEFAULT_MODEL
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--soak", type=positive, metavar="N", help="instead send N good and bad requests, and check them"
     )
-    parser.add_argument("--model", default="small", help="the model to serve")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="the model to serve")
     options = parser.parse_args(arguments)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
