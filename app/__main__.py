@@ -1,12 +1,17 @@
 """Open the demo: `python -m app`."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from app.auth import Passwords, ask_password
 from captioner import Captioner, CheckpointError, list_models
 from captioner.cli import positive
 
@@ -14,26 +19,37 @@ from captioner.cli import positive
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns its exit status: 0 closed, 1 it could not start, 2 wrong usage."""
     options = parse(arguments)
+    if options.hash_password is not None:
+        return print_hash(options.hash_password)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
-        import gradio
-        import uvicorn
-    except ImportError:
+        from app.server import configure, create
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("gradio", "uvicorn"):
+            raise
         print("the page needs Gradio: pip install 'captioner[app]'", file=sys.stderr)
         return 1
-    from app.server import create
-
     try:
         named = by_display_name(options.model)
         models = {shown: Captioner.from_pretrained(model, options.device) for shown, model in named.items()}
-        auth = read_auth(options.auth_file) if options.auth_file else None
+        auth = Passwords.read(options.auth_file) if options.auth_file else None
         server = create(models, auth, options.max_upload_mb, options.concurrency, options.queue, options.root_path)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"app: {error}", file=sys.stderr)
         return 1
-    del gradio
     print(f"http://{options.host}:{options.port}{options.root_path}", file=sys.stderr)
-    uvicorn.run(server, host=options.host, port=options.port, log_level="warning")
+    with contextlib.suppress(KeyboardInterrupt):
+        configure(server, options.host, options.port, log_level="warning").run()
+    return 0
+
+
+def print_hash(name: str) -> int:
+    """Print a line for the file of `--auth-file`. Returns the exit status."""
+    try:
+        print(ask_password(name))
+    except ValueError as error:
+        print(f"app: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -52,6 +68,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=positive, default=7860, help="port to listen on")
     parser.add_argument("--auth-file", metavar="FILE", help="who may enter: a line NAME:PASSWORD for each")
+    parser.add_argument(
+        "--hash-password",
+        metavar="NAME",
+        help="ask for NAME's password, print a line for the file of --auth-file with its hash, and exit",
+    )
     parser.add_argument("--max-upload-mb", type=positive, default=20, metavar="N", help="larger files are refused")
     parser.add_argument("--concurrency", type=positive, default=1, metavar="N", help="batches captioned at a time")
     parser.add_argument("--queue", type=positive, default=64, metavar="N", help="requests that may wait")
@@ -69,20 +90,17 @@ def by_display_name(models: Sequence[str]) -> dict[str, str]:
     return {model if count[name] > 1 else name: model for model, name in last.items()}
 
 
-def read_auth(path: str) -> list[tuple[str, str]]:
-    """Names and passwords from a file. Raises ValueError for a line that is none, OSError where it cannot be read."""
-    pairs = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, colon, password = line.partition(":")
-        if not (name and colon and password):
-            raise ValueError(f"{path}, line {number}: should be NAME:PASSWORD")
-        pairs.append((name, password))
-    if not pairs:
-        raise ValueError(f"{path} names nobody")
-    return pairs
+def program() -> NoReturn:
+    """Run the command in a process of its own."""
+    # After a stop uvicorn raises the signal again: as that of Ctrl-C it leaves time to delete the uploads.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
+        # Uploads have a folder of their own, apart from those of other servers with Gradio on this machine.
+        os.environ.setdefault("GRADIO_TEMP_DIR", folder)
+        status = main()
+    sys.stdout.flush()
+    os._exit(status)  # a batch that nobody waits for any more must not hold up the end
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

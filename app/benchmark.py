@@ -2,9 +2,15 @@
 
 Starts the server on a free port in a process of its own, lets so many clients send photographs one after another,
 and prints captions a second, waiting times, and the server's memory before and after.
+
+`--soak 2000` sends so many requests of which a quarter are bad and some are broken off, and checks every answer.
 """
 
 import argparse
+import dataclasses
+import http.client
+import json
+import random
 import shutil
 import socket
 import statistics
@@ -15,13 +21,18 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
+from captioner import Captioner
 from captioner.cli import positive
+from captioner.pretrained import DEFAULT_MODEL
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 
@@ -32,16 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 32], help="clients at the same time")
     parser.add_argument("--requests", type=positive, default=64, help="photographs sent for each number of clients")
     parser.add_argument("--endurance", type=int, default=0, help="then send so many more and look at the memory")
+    parser.add_argument(
+        "--soak", type=positive, metavar="N", help="instead send N good and bad requests, and check them"
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="the model to serve")
     options = parser.parse_args(arguments)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "app", "--port", str(port)], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "app", "--port", str(port), "--model", options.model]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     folder = Path(tempfile.mkdtemp())
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(url, server)
         photos = draw_photos(folder, 32)
+        if options.soak:
+            captioner = Captioner.from_pretrained(options.model)
+            return 0 if soak_table(url, captioner, folder, options.clients[-1], options.soak, server.pid) else 1
         load(url, photos, 2, 8)  # not counted: the first ones warm up
         print("| clients | captions a second | median wait, s | longest wait, s | memory, MB |\n|--:|--:|--:|--:|--:|")
         for clients in options.clients:
@@ -102,6 +121,209 @@ def load(url: str, photos: Sequence[Path], clients: int, requests: int) -> tuple
         started = time.perf_counter()
         waits = list(people.map(ask, range(requests)))
         return requests / (time.perf_counter() - started), waits
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kind of request and what its answer should be.
+
+    photo: a file to upload first, or what the request names in its place.
+    settings: what differs from the defaults, by the position of the value.
+    expected: part of the error, or the caption and its log-probability.
+    """
+
+    name: str
+    photo: Any
+    expected: str | tuple[str, float]
+    settings: tuple[tuple[int, Any], ...] = ()
+
+
+def good_cases(captioner: Captioner, photos: Sequence[Path]) -> list[Case]:
+    """Photographs, each with the caption that the library gives."""
+    captions = [captioner.caption(photo, beam_size=3) for photo in photos]
+    return [
+        Case("good", photo, (str(caption), caption.log_probability), ((2, 3),))
+        for photo, caption in zip(photos, captions, strict=True)
+    ]
+
+
+def bad_cases(folder: Path, photo: Path) -> list[Case]:
+    """Requests that get a sentence. Files for them are written to `folder`."""
+    files = {name: folder / name for name in ("damaged.jpg", "huge.png", "text.jpg", "empty.jpg", "heavy.jpg")}
+    files["damaged.jpg"].write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
+    Image.new("1", (20000, 10000)).save(files["huge.png"])
+    files["text.jpg"].write_text("no picture")
+    files["empty.jpg"].touch()
+    files["heavy.jpg"].write_bytes(photo.read_bytes() + bytes(25 * 1024 * 1024))
+    absent = {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}
+    link = {"path": "http://example.com/a.jpg", "meta": {"_type": "gradio.FileData"}}
+    return [
+        Case("damaged", files["damaged.jpg"], "damaged"),
+        Case("huge", files["huge.png"], "too large"),
+        Case("text", files["text.jpg"], "not a picture"),
+        Case("empty", files["empty.jpg"], "empty"),
+        Case("too heavy", files["heavy.jpg"], "maximum allowed size"),
+        Case("not uploaded", absent, "was not uploaded"),
+        Case("a link", link, "asks no other host"),
+        Case("no file", None, "Choose a photo"),
+        Case("no such file", 5, "path that its upload gave"),
+        Case("beam size 0", photo, "beam size should be", ((2, 0),)),
+        Case("beam size nan", photo, "beam size should be", ((2, float("nan")),)),
+        Case("temperature as text", photo, "temperature should be", ((6, "hot"),)),
+        Case("seed null", photo, "seed should be", ((8, None),)),
+        Case("no such model", photo, "There is no model", ((1, "x"),)),
+        Case("too few values", photo, "of 9 values", ((8, ...),)),
+    ]
+
+
+def soak(
+    url: str, good: Sequence[Case], bad: Sequence[Case], clients: int, requests: int, seed: int = 0
+) -> Counter[str]:
+    """Send requests of which a quarter are bad and each tenth is broken off. Returns how many there were of each kind.
+
+    Raises:
+        AssertionError: an answer is not what it should be.
+    """
+    chance = random.Random(seed)
+    order = [chance.choice(bad) if number % 4 == 3 else chance.choice(good) for number in range(requests)]
+
+    def send(number: int) -> str:
+        case = order[number]
+        if number % 10 == 5:
+            break_off(url, case)
+            return "broken off"
+        answer = ask(url, case)
+        if isinstance(case.expected, str):
+            assert case.expected in answer.get("error", ""), f"{case.name}: {answer}"
+        else:
+            assert "caption" in answer, f"{case.name}: {answer}"
+            text, log_probability = case.expected
+            # Another batch adds in another order; captions that are equally likely may change places.
+            same = answer["caption"] == text or abs(answer["log_probability"] - log_probability) < 1e-4
+            assert same, f"{answer['caption']} is not {text}"
+        return case.name
+
+    with ThreadPoolExecutor(clients) as people:
+        return Counter(people.map(send, range(requests)))
+
+
+def ask(url: str, case: Case) -> dict[str, Any]:
+    """The answer to a request over plain HTTP: a caption as data, or an error."""
+    try:
+        photo = upload(url, case.photo) if isinstance(case.photo, Path) else case.photo
+        return call(url, photo, *case.settings)
+    except urllib.error.HTTPError as error:
+        with error:
+            return {"error": error.read().decode()}
+
+
+def upload(url: str, path: Path) -> dict[str, Any]:
+    """Send a file; how requests name it from then on."""
+    request = urllib.request.Request(f"{url}/gradio_api/upload", *form(path))
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return {"path": json.load(answer)[0], "meta": {"_type": "gradio.FileData"}}
+
+
+def form(path: Path) -> tuple[bytes, dict[str, str]]:
+    """A file as the body of a POST, and the headers."""
+    head = f'--captioner\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'
+    body = head.encode() + path.read_bytes() + b"\r\n--captioner--\r\n"
+    return body, {"Content-Type": "multipart/form-data; boundary=captioner"}
+
+
+def call(url: str, photo: Any, *settings: tuple[int, Any]) -> dict[str, Any]:
+    """What /caption says of an uploaded photo; `...` for a value leaves it out."""
+    with urllib.request.urlopen(f"{url}/gradio_api/call/caption/{start(url, photo, *settings)}", timeout=120) as answer:
+        event, data = answer.read().decode().strip().splitlines()[-2:]
+    values = json.loads(data.removeprefix("data: "))
+    return values[0] if event == "event: complete" else {"error": str(values)}
+
+
+def start(url: str, photo: Any, *settings: tuple[int, Any]) -> str:
+    """Put a request into the queue; by what name its answer can be asked for."""
+    values = [photo, "", 5, 1, 22, False, 1.0, 0.9, 0]
+    for place, value in settings:
+        values[place] = value
+    data = json.dumps({"data": [value for value in values if value is not ...]}).encode()
+    request = urllib.request.Request(f"{url}/gradio_api/call/caption", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)["event_id"]
+
+
+def break_off(url: str, case: Case) -> None:
+    """Go away in the middle of the upload, or while the answer is awaited."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+    try:
+        if isinstance(case.expected, str) and isinstance(case.photo, Path):
+            body, headers = form(case.photo)
+            connection.putrequest("POST", "/gradio_api/upload")
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            connection.send(body[: len(body) // 2])
+        elif isinstance(case.photo, Path):
+            connection.request("GET", f"/gradio_api/call/caption/{start(url, upload(url, case.photo))}")
+            connection.sock.settimeout(0.05)
+            connection.sock.recv(1)
+    except OSError:
+        pass
+    finally:
+        connection.close()
+
+
+class HealthWatch(threading.Thread):
+    """Asks for /health five times a second, as long as the block lasts.
+
+    asked: how often it asked.
+    longest: seconds that the slowest answer took.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(name="health")
+        self.url, self.ended = url, threading.Event()
+        self.asked, self.longest = 0, 0.0
+
+    def run(self) -> None:
+        """Ask until the block ends."""
+        while not self.ended.wait(0.2):
+            started = time.perf_counter()
+            urllib.request.urlopen(f"{self.url}/health", timeout=60).close()
+            self.asked += 1
+            self.longest = max(self.longest, time.perf_counter() - started)
+
+    def __enter__(self) -> "HealthWatch":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
+
+
+def soak_table(url: str, captioner: Captioner, folder: Path, clients: int, requests: int, process: int) -> bool:
+    """Send the requests in ten parts and print memory and threads after each. Returns whether all went well."""
+    photos = draw_photos(folder, 32)
+    good, bad = good_cases(captioner, photos), bad_cases(folder, photos[0])
+    done: Counter[str] = Counter()
+    print("| requests | memory, MB | threads | slowest /health, s |\n|--:|--:|--:|--:|")
+    try:
+        for part in range(10):
+            with HealthWatch(url) as health:
+                done += soak(url, good, bad, clients, max(1, requests // 10), seed=part)
+            cells = (sum(done.values()), memory(process), threads(process), f"{health.longest:.2f}")
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    except AssertionError as error:
+        print(f"wrong: {error}")
+        return False
+    time.sleep(15)  # threads that nobody needs end after ten seconds
+    print(f"after a pause: {memory(process)} MB, {threads(process)} threads")
+    print(", ".join(f"{name}: {count}" for name, count in sorted(done.items())))
+    return True
+
+
+def threads(process: int) -> int:
+    """How many threads a process has, as Linux tells it."""
+    return len(list(Path(f"/proc/{process}/task").iterdir()))
 
 
 def memory(process: int) -> int:

@@ -2,23 +2,26 @@
 
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
 
+from app.guard import Page
 from app.service import (
     PHOTO_WIDTH,
+    Answer,
     Refused,
+    Request,
     Service,
-    Settings,
     as_csv,
     as_json,
     as_zip,
-    return_memory,
+    guarded,
+    read_settings,
     settings_of,
     view,
 )
@@ -55,9 +58,14 @@ def photo_input(**options: Any) -> gr.Image:
     return image
 
 
+def hand_on(component: Any) -> None:
+    """Let a component hand on its values as they came, so that `settings_of` says what is wrong with them."""
+    component.preprocess = lambda payload: payload
+
+
 def build(
     service: Service, samples: Path | None = None, concurrency: int = 1, keep_seconds: int = KEEP_SECONDS
-) -> gr.Blocks:
+) -> Page:
     """The page for a service.
 
     Args:
@@ -68,108 +76,103 @@ def build(
     """
     names = list(service.models)
     tables = {name: colour_table(name).astype(int).tolist() for name in ANCHORS}
-    # The network always runs in the same few threads: each that ever ran it keeps memory of its own.
-    workers = ThreadPoolExecutor(concurrency, thread_name_prefix="captions")
 
-    def answer(paths: list[str | None], settings: list[Settings]) -> list[Caption | str]:
-        found = workers.submit(service.caption, list(zip(paths, settings, strict=True))).result()
-        return_memory()
-        return found
+    def models_of(chosen: Any) -> list[Any]:
+        """The models that somebody chose, each once; the first where none was. Unknown ones are refused later."""
+        if not isinstance(chosen, list):
+            return [chosen] if chosen else names[:1]
+        unknown = [name for name in chosen if name not in names]
+        return unknown[:1] or list(dict.fromkeys(chosen)) or names[:1]
 
-    def caption_page(path: list[str | None], chosen: list[list[str]], *options: list[Any]) -> list[list[Any]]:
+    def caption_page(path: list[Any], chosen: list[Any], *options: list[Any]) -> list[list[Any]]:
         """What many people asked for at the same time, as the viewer and the table of steps show it."""
-        asked: list[tuple[int, str, Settings]] = []
-        views: list[dict[str, Any]] = [{} for _ in path]
+        asked: list[tuple[int, Any, Request]] = []
         for person, values in enumerate(zip(*options, strict=True)):
-            try:
-                for name in chosen[person] or names[:1]:
-                    asked.append((person, name, settings_of(name, *values)))
-            except Refused as error:
-                views[person] = {"error": str(error)}
-        asked = [one for one in asked if not views[one[0]]]
+            for name in models_of(chosen[person]):
+                asked.append((person, name, (path[person], read_settings(name, *values))))
+        views: list[dict[str, Any]] = [{} for _ in path]
         steps: list[dict[str, Any]] = [{} for _ in path]
-        found = answer([path[person] for person, *_ in asked], [settings for *_, settings in asked])
-        for (person, name, _), one in zip(asked, found, strict=True):
-            if isinstance(one, str):
-                views[person] = {"error": one}
+        for (person, name, _), one in zip(asked, service.answer([request for *_, request in asked]), strict=True):
+            shown = one if isinstance(one, str) else guarded(partial(show, name, one))
+            if isinstance(shown, str):
+                views[person] = {"error": shown}
             elif "error" not in views[person]:
-                views[person].setdefault("results", []).append({"model": name, **view(one)})
-                if not steps[person]:
-                    steps[person] = {"steps": workers.submit(service.explain, one, name).result()}
+                views[person].setdefault("results", []).append(shown[0])
+                steps[person] = steps[person] or shown[1]
         return [views, steps]
 
+    def show(name: str, answer: Answer) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A caption for the viewer, and its steps."""
+        return {"model": name, **view(answer)}, {"steps": service.explain(answer, name)}
+
     def caption(
-        image: list[str | None],
-        model: list[str],
-        beam_size: list[float],
-        captions: list[float],
-        max_length: list[float],
-        sampling: list[bool],
-        temperature: list[float],
-        top_p: list[float],
-        seed: list[float],
+        image: list[Any],
+        model: list[Any],
+        beam_size: list[Any],
+        captions: list[Any],
+        max_length: list[Any],
+        sampling: list[Any],
+        temperature: list[Any],
+        top_p: list[Any],
+        seed: list[Any],
     ) -> list[list[dict[str, Any]]]:
         """A caption as JSON: caption, log_probability, words, alternatives, attention; or error."""
-        asked: list[tuple[str | None, Settings]] = []
-        refused: dict[int, str] = {}
         every = zip(model, beam_size, captions, max_length, sampling, temperature, top_p, seed, strict=True)
-        for person, (photo, values) in enumerate(zip(image, every, strict=True)):
-            try:
-                asked.append((photo, settings_of(*values)))
-            except Refused as error:
-                refused[person] = str(error)
-        found = iter(answer([photo for photo, _ in asked], [settings for _, settings in asked]))
-        return [[plain(refused[person] if person in refused else next(found)) for person in range(len(image))]]
+        asked = [(photo, read_settings(*values)) for photo, values in zip(image, every, strict=True)]
+        return [[plain(one) for one in service.answer(asked)]]
 
     def caption_batch(
-        images: list[str] | None,
-        model: str,
-        beam_size: float,
-        captions: float,
-        max_length: float,
-        sampling: bool,
-        temperature: float,
-        top_p: float,
-        seed: float,
+        images: list[Any] | Refused | None,
+        model: Any,
+        beam_size: Any,
+        captions: Any,
+        max_length: Any,
+        sampling: Any,
+        temperature: Any,
+        top_p: Any,
+        seed: Any,
     ) -> list[dict[str, Any]]:
         """Captions of many files as JSON, in their order; what failed has an error."""
-        try:
-            settings = settings_of(model, beam_size, captions, max_length, sampling, temperature, top_p, seed)
-        except Refused as error:
-            return [{"error": str(error)}]
+        settings = read_settings(model, beam_size, captions, max_length, sampling, temperature, top_p, seed)
+        if isinstance(images, Refused) or isinstance(settings, Refused):
+            return [{"error": str(images if isinstance(images, Refused) else settings)}]
         rows = []
         for first in range(0, len(images or []), BATCH):
             part = (images or [])[first : first + BATCH]
-            found = answer(list(part), [settings] * len(part))
-            rows += [{"file": Path(path).name, **plain(one)} for path, one in zip(part, found, strict=True)]
+            found = service.answer([(path, settings) for path in part])
+            rows += [{"file": file_name(path), **plain(one)} for path, one in zip(part, found, strict=True)]
         return rows
 
     def caption_many(
-        paths: list[str] | None, chosen: list[str], *options: Any, progress: Any = PROGRESS
+        paths: list[Any] | Refused | None, chosen: Any, *options: Any, progress: Any = PROGRESS
     ) -> Iterator[tuple[Any, ...]]:
         """The gallery, the table and the files of many photographs."""
         try:
+            if isinstance(paths, Refused):
+                raise paths
             if not paths:
                 raise Refused("Choose some photos first.")
-            settings = settings_of((chosen or names)[0], *options)
+            settings = settings_of(models_of(chosen)[0], *options)
         except Refused as error:
             raise gr.Error(str(error), print_exception=False) from error
         rows: list[dict[str, Any]] = []
         good: list[tuple[str, Caption]] = []
+        pictures: list[tuple[str, str]] = []
         for first in range(0, len(paths), BATCH // 4):
             progress((first, len(paths)), desc="Captioning", unit="photos")
             part = paths[first : first + BATCH // 4]
-            for path, one in zip(part, answer(list(part), [settings] * len(part)), strict=True):
-                name = Path(path).name
+            for path, one in zip(part, service.answer([(path, settings) for path in part]), strict=True):
+                name = file_name(path)
                 if isinstance(one, Caption):
-                    # The gallery and the heatmaps need no more of the photograph than this, and there may be many.
-                    small = shrink(one.image, PHOTO_WIDTH, enlarge=False)
-                    good.append((name, replace(one, image=small, alternatives=())))
+                    # The heatmaps need no more of the photograph than this, and there may be many.
+                    small = replace(one, image=shrink(one.image, PHOTO_WIDTH, enlarge=False), alternatives=())
+                    good.append((name, small))
+                    # Encoded once, into the folder where Gradio looks for it: every step shows all pictures again.
+                    pictures.append((save_pil_to_cache(small.image, gallery.GRADIO_CACHE), one.sentence()))
                     rows.append({"file": name, "confidence": round(one.confidence, 3), **plain(one)})
                 else:
                     rows.append({"file": name, "error": one})
-            shown = gr.Gallery([(one.image, one.sentence()) for _, one in good], visible=bool(good))
-            yield shown, cells(rows), *[gr.skip()] * 3
+            yield gr.Gallery(pictures, visible=bool(pictures)), cells(rows), *[gr.skip()] * 3
         files = {
             "captions.json": as_json(rows),
             "captions.csv": as_csv(rows),
@@ -182,7 +185,7 @@ def build(
             buttons = [gr.DownloadButton(value=str(Path(folder) / name), interactive=True) for name in files]
             yield gr.skip(), cells(rows), *buttons
 
-    with gr.Blocks(
+    with Page(
         title="captioner", analytics_enabled=False, delete_cache=(max(1, keep_seconds // 4), keep_seconds)
     ) as page:
         gr.Markdown("# captioner\nShow it a photo: it says what it sees, and for every word *where* it looked.")
@@ -199,6 +202,7 @@ def build(
                     with gr.Row(elem_classes="samples"):
                         for file in files:
                             sample = gr.Button(file.stem.capitalize(), icon=file, min_width=70, elem_classes="sample")
+                            sample.keep_in_cache.update(sample.temp_files)  # else deleted like an upload
                             sample.click(partial(str, file), None, photo, api_visibility="private", queue=False)
                     chosen = gr.CheckboxGroup(
                         names, value=names[:1], label="Models, side by side", visible=len(names) > 1
@@ -285,6 +289,8 @@ def build(
                 gr.Number(0, label="seed"),
             ]
             result, run_one, run_many = gr.JSON(), gr.Button("one"), gr.Button("many")
+        for component in (chosen, *settings, *api_options):
+            hand_on(component)
         run_one.click(
             caption,
             [api_photo, *api_options],
@@ -303,6 +309,11 @@ def build(
 def plain(answer: Caption | str) -> dict[str, Any]:
     """A caption as JSON, or why there is none."""
     return {"error": answer} if isinstance(answer, str) else answer.to_dict(attention=True)
+
+
+def file_name(path: str | Refused) -> str:
+    """The name of an uploaded file."""
+    return path.file if isinstance(path, Refused) else Path(path).name
 
 
 def cells(rows: list[dict[str, Any]]) -> list[list[Any]]:

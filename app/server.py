@@ -1,21 +1,36 @@
-"""The page as a web application, with what surrounds it: health, limits, and a cache that is emptied."""
+"""The page as a web application, with what surrounds it: health, limits, an end, and a cache that is emptied."""
 
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+import uvicorn
 from fastapi import FastAPI
+from gradio.server_messages import ProcessCompletedMessage
+from gradio.utils import get_upload_folder
+from starlette.routing import Mount
 
+from app.auth import Passwords
+from app.guard import Gate
 from app.page import CSS, KEEP_SECONDS, THEME, build
 from app.service import Service
 from captioner import Captioner
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 FAVICON = Path(__file__).parent / "assets" / "favicon.svg"
+GRACE_SECONDS = 3  # how long requests may go on when the server is told to stop
+STOPPED = "The server was stopped before this request was answered: send it again."
+SESSIONS = 256  # whose last values are kept: Gradio's default of 10,000 fills the memory
 
 
 def create(
     models: dict[str, Captioner],
-    auth: list[tuple[str, str]] | None = None,
+    auth: Passwords | None = None,
     max_upload_mb: int = 20,
     concurrency: int = 1,
     queue: int = 64,
@@ -33,24 +48,37 @@ def create(
         root_path: where a reverse proxy shows the page.
         keep_seconds: uploads and downloads are deleted after so long.
     """
-    server = FastAPI(title="captioner", docs_url=None, redoc_url=None, openapi_url=None)
+    service = Service(models, concurrency=concurrency)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(sweep(Path(get_upload_folder()), keep_seconds))
+        yield
+        sweeping.cancel()
+        service.close()
+
+    server = FastAPI(title="captioner", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
     @server.get("/health")
-    def health() -> dict[str, object]:
-        """Whether the server is up, and with which models."""
+    async def health() -> dict[str, object]:
+        """Whether the server is up, and with which models; it needs no thread, so that it never waits for one."""
         return {"status": "ok", "models": list(models)}
 
-    page = build(Service(models), SAMPLES, concurrency, keep_seconds)
-    page.queue(max_size=queue, default_concurrency_limit=concurrency)
+    # Gradio's statistics, which nobody sees here, grow with every request, and are computed anew after each.
+    os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9)}
+    page = build(service, SAMPLES, concurrency, keep_seconds)
+    page.queue(max_size=queue, default_concurrency_limit=concurrency, api_open=False)
     page.has_launched = True  # as Blocks.launch() says; only then does Gradio refuse paths that nobody uploaded
-    return gr.mount_gradio_app(
+    page.state_session_capacity = SESSIONS
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # the server would write it to the Hub for those who ask
+    gr.mount_gradio_app(
         server,
         page,
         path="/",
-        auth=auth,
+        auth=auth.check if auth else None,
         max_file_size=max_upload_mb * 1024 * 1024,
         root_path=root_path or None,
-        show_error=True,
+        show_error=False,  # only messages that are meant for people, not those of every exception
         allowed_paths=[str(SAMPLES)],
         favicon_path=FAVICON,
         ssr_mode=False,
@@ -58,3 +86,47 @@ def create(
         css=CSS,
         footer_links=["api"],
     )
+    server.state.page, server.state.gradio = page, next(one.app for one in server.routes if isinstance(one, Mount))
+    server.add_middleware(Gate, page=page, gradio=server.state.gradio)
+    return server
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but everybody who waits for a caption when it is told to stop gets it soon or hears of the end."""
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Take no new connections, let running requests end, tell the rest, and close."""
+        for listener in self.servers:
+            listener.close()
+        app: Any = self.config.app
+        await drain(app.state.page, GRACE_SECONDS)
+        app.state.gradio.stop_event.set()  # ends the heartbeats of open pages
+        await super().shutdown(sockets)
+
+
+def configure(server: FastAPI, host: str, port: int, **options: Any) -> Server:
+    """The application, ready to `run()`."""
+    return Server(uvicorn.Config(server, host, port, timeout_graceful_shutdown=1, **options))
+
+
+async def drain(page: gr.Blocks, seconds: float) -> None:
+    """Let the queue go on for so long, then tell everybody who still waits that the server stops."""
+    queue, until = page._queue, time.monotonic() + seconds
+    while (any(queue.active_jobs) or len(queue)) and time.monotonic() < until:
+        await asyncio.sleep(0.05)
+    for waiting in queue.event_queue_per_concurrency_id.values():
+        waiting.queue.clear()
+    for event in list(queue.event_ids_to_events.values()):
+        queue.send_message(event, ProcessCompletedMessage(output={"error": STOPPED}, success=False))
+    await asyncio.sleep(0.2)  # until that is sent
+    queue.close()
+
+
+async def sweep(folder: Path, keep_seconds: float) -> None:
+    """Delete what uploads left that were broken off; Gradio deletes only those that were completed."""
+    while True:
+        await asyncio.sleep(max(1, keep_seconds / 4))
+        for file in folder.glob("tmp*"):
+            with contextlib.suppress(OSError):
+                if file.is_file() and time.time() - file.stat().st_mtime > keep_seconds:
+                    file.unlink()

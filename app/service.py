@@ -6,12 +6,16 @@ import ctypes
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
+import reprlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,6 +28,21 @@ from captioner.images import MAX_PIXELS, load_image
 PHOTO_WIDTH = 720  # pixels of the photograph on the page, which is at most twice as high
 MAP_SIZE = 28  # rows and columns of a map on the page, which the browser makes smooth
 MOST_CAPTIONS, MOST_WORDS = 10, 50
+FAILED = "The server failed on this request. The cause is in its log; the other requests are not affected."
+
+log = logging.getLogger("captioner.app")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer(Caption):
+    """A caption whose photograph is kept in two small sizes, so that a batch of large photographs fits the memory.
+
+    image: as the page shows it.
+    seen: as the model read it.
+    """
+
+    seen: Image.Image = dataclasses.field(kw_only=True, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +72,82 @@ class Settings:
 
 
 class Refused(ValueError):
-    """A request that cannot be answered; the message is a sentence for the person who asked."""
+    """A request that cannot be answered; the message is a sentence for the person who asked.
+
+    file: the name of the file that it is about, where that is known.
+    """
+
+    def __init__(self, message: str, file: str = "") -> None:
+        super().__init__(message)
+        self.file = file
 
 
-def settings_of(
-    model: str, beam_size: float, captions: float, max_length: float, sampling: bool, *chance: float
-) -> Settings:
-    """Settings as they come from sliders and from the API.
+# The path of an uploaded file and how to caption it; either may be known to be bad.
+Request = tuple[str | Refused | None, Settings | Refused]
+# A photograph as the model reads it, and as the page shows it.
+Photo = tuple[Image.Image, Image.Image]
+
+
+def settings_of(model: Any, beam_size: Any, captions: Any, max_length: Any, sampling: Any, *chance: Any) -> Settings:
+    """Settings as they come from sliders and from the API, where they may be anything that JSON can say.
 
     Raises:
-        Refused: a number is out of its range.
+        Refused: a value is of the wrong type or out of its range.
     """
     temperature, top_p, seed = chance
-    limits = {
-        "beam size": (beam_size, 1, 20),
-        "number of captions": (captions, 1, MOST_CAPTIONS),
-        "maximum length": (max_length, 1, MOST_WORDS),
-        "temperature": (temperature, 0.05, 5),
-        "top-p": (top_p, 0.01, 1),
-        "seed": (seed, 0, 2**31 - 1),
-    }
-    for name, (value, low, high) in limits.items():
-        if not isinstance(value, int | float) or not low <= value <= high:
-            raise Refused(f"The {name} should be a number from {low:g} to {high:g}, not {value}.")
-    whole = (int(beam_size), int(captions), int(max_length))
-    return Settings(model, *whole, bool(sampling), float(temperature), float(top_p), int(seed))
+    if not (model is None or isinstance(model, str)):
+        raise Refused(f"The model should be a name, not {shown(model)}.")
+    if not isinstance(sampling, bool):
+        raise Refused(f"Sampling should be true or false, not {shown(sampling)}.")
+    return Settings(
+        model or "",
+        number("beam size", beam_size, 1, 20, whole=True),
+        number("number of captions", captions, 1, MOST_CAPTIONS, whole=True),
+        number("maximum length", max_length, 1, MOST_WORDS, whole=True),
+        sampling,
+        number("temperature", temperature, 0.05, 5),
+        number("top-p", top_p, 0.01, 1),
+        number("seed", seed, 0, 2**31 - 1, whole=True),
+    )
+
+
+def read_settings(*values: Any) -> Settings | Refused:
+    """As `settings_of`, but what is wrong is returned, as part of a `Request`."""
+    try:
+        return settings_of(*values)
+    except Refused as error:
+        return error
+
+
+def number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
+    """`value` as a float, or as an int where it has to be whole. Raises Refused where it is no such number."""
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not fits or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
+        limit = f"{high:g}" if high < 1e6 else f"{high:,.0f}"
+        raise Refused(f"The {name} should be a {kind} from {low:g} to {limit}, not {shown(value)}.")
+    return int(value) if whole else float(value)
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not write out an integer of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def guarded(answer: Callable[[], T]) -> T | str:
+    """What `answer` returns, or a sentence for the person who asked; what nobody expected is in the server's log."""
+    try:
+        return answer()
+    except Refused as error:
+        return str(error)
+    except Exception:
+        log.exception("a request failed")
+        return FAILED
 
 
 class Service:
@@ -86,34 +156,79 @@ class Service:
     Args:
         models: by the name that the page shows; at least one.
         max_pixels: larger images are refused before they are decoded.
+        concurrency: batches that are captioned at the same time.
     """
 
-    def __init__(self, models: dict[str, Captioner], max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, models: dict[str, Captioner], max_pixels: int = MAX_PIXELS, concurrency: int = 1) -> None:
         self.models = models
         self.max_pixels = max_pixels
+        # The network always runs in the same few threads: each that ever ran it keeps memory of its own.
+        self.workers = ThreadPoolExecutor(concurrency, thread_name_prefix="captions")
+
+    def close(self) -> None:
+        """End the threads; those who still wait get an error."""
+        self.workers.shutdown(wait=False, cancel_futures=True)
 
     def captioner(self, name: str) -> Captioner:
         """The model of that name, the first where the name is empty. Raises Refused where there is none."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise Refused(f"There is no model {name!r}; there are {', '.join(self.models)}.")
+            raise Refused(f"There is no model {shown(name)}; there are {', '.join(self.models)}.")
         return self.models[name]
 
-    def caption(self, requests: Sequence[tuple[str | None, Settings]]) -> list[Caption | str]:
-        """A caption for each file, or a sentence that says why there is none; equal settings go through together."""
-        answers: dict[int, Caption | str] = {}
-        photos: dict[Settings, dict[int, Image.Image]] = {}
+    def answer(self, requests: Sequence[Request]) -> list[Answer | str]:
+        """As `caption`, in a thread for the network."""
+        found = self.workers.submit(self.caption, requests).result()
+        return_memory()
+        return found
+
+    def caption(self, requests: Sequence[Request]) -> list[Answer | str]:
+        """A caption for each file, or a sentence that says why there is none; equal settings go through together.
+
+        Whatever goes wrong with one request, the others have their answers.
+        """
+        answers: dict[int, Answer | str] = {}
+        groups: dict[Settings, dict[int, Photo]] = {}
         for number, (path, settings) in enumerate(requests):
+            photo = guarded(partial(self.prepare, path, settings))
+            if isinstance(photo, str):
+                answers[number] = photo
+            elif isinstance(settings, Settings):
+                groups.setdefault(settings, {})[number] = photo
+        for settings, photos in groups.items():
             try:
-                self.captioner(settings.model)
-                photos.setdefault(settings, {})[number] = self.load(path)
-            except Refused as error:
-                answers[number] = str(error)
-        for settings, group in photos.items():
-            found = self.captioner(settings.model).caption(list(group.values()), **settings.options())
-            answers |= dict(zip(group, found, strict=True))
+                found: Sequence[Answer | str] = self.run(settings, *photos.values())
+            except Exception:
+                # One of them is enough to make all fail, so each is tried alone. What fails again is logged.
+                found = [guarded(partial(self.run_one, settings, photo)) for photo in photos.values()]
+            answers |= dict(zip(photos, found, strict=True))
         return [answers[number] for number in range(len(requests))]
+
+    def prepare(self, path: str | Refused | None, settings: Settings | Refused) -> Photo:
+        """The photograph of a request as the model reads it, and as the page shows it. Raises Refused."""
+        if isinstance(path, Refused):
+            raise path
+        if isinstance(settings, Refused):
+            raise settings
+        preprocessing = self.captioner(settings.model).preprocessing
+        photo = self.load(path)
+        seen = preprocessing.resize(photo)
+        if seen is not photo:
+            photo.thumbnail((PHOTO_WIDTH, 2 * PHOTO_WIDTH), Image.Resampling.LANCZOS, reducing_gap=3)
+        return seen, photo
+
+    def run(self, settings: Settings, *photos: Photo) -> list[Answer]:
+        """The captions of photos with the same settings."""
+        captions = self.captioner(settings.model).caption([seen for seen, _ in photos], **settings.options())
+        return [
+            Answer(**vars(caption) | {"image": image}, seen=seen)
+            for caption, (seen, image) in zip(captions, photos, strict=True)
+        ]
+
+    def run_one(self, settings: Settings, photo: Photo) -> Answer:
+        """The caption of one photo."""
+        return self.run(settings, photo)[0]
 
     def load(self, path: str | None) -> Image.Image:
         """The photograph in a file. Raises Refused."""
@@ -124,9 +239,10 @@ class Service:
         except ImageError as error:
             raise Refused(sentence_for(error)) from error
 
-    def explain(self, caption: Caption, model: str) -> list[dict[str, Any]]:
-        """The numbers of every step of a caption; see `captioner.explain`."""
-        return [step.to_dict() for step in explain(self.captioner(model), caption.image, caption)]
+    def explain(self, caption: Answer, model: str) -> list[dict[str, Any]]:
+        """The numbers of every step of a caption; see `captioner.explain`. In a thread for the network."""
+        steps = self.workers.submit(explain, self.captioner(model), caption.seen, caption).result()
+        return [step.to_dict() for step in steps]
 
 
 def sentence_for(error: ImageError) -> str:

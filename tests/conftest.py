@@ -1,8 +1,11 @@
 """What several test files share."""
 
+import atexit
 import contextlib
 import os
+import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +24,9 @@ from captioner.vocabulary import Vocabulary
 torch.set_num_threads(1)
 
 PHOTOS = Path(__file__).parent / "photos"
+# A demo that stops deletes its uploads: not those of the demos that other processes test at the same time.
+os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="captioner-tests-")
+atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 
 def small_model(words: int = 40, seed: int = 0, **changes) -> ShowAttendTell:
@@ -57,14 +63,12 @@ def flickr8k() -> Path:
 @contextlib.contextmanager
 def run_app(models, **options) -> Iterator[str]:
     """The demo on a free port of this machine, for as long as the block lasts; its address."""
-    import uvicorn
-
-    from app.server import create
+    from app.server import configure, create
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(create(models, **options), host="127.0.0.1", port=port, log_level="error"))
+    server = configure(create(models, **options), "127.0.0.1", port, log_level="error")
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -5,6 +5,11 @@ import csv
 import dataclasses
 import io
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -12,6 +17,7 @@ import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio_client
 import numpy as np
@@ -19,8 +25,23 @@ import pytest
 from conftest import PHOTOS, run_app, small_model
 from PIL import Image
 
-from app.__main__ import by_display_name, main, parse, read_auth
-from app.service import Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
+from app import service as app_service
+from app.__main__ import by_display_name, main, parse
+from app.benchmark import (
+    Case,
+    HealthWatch,
+    bad_cases,
+    break_off,
+    call,
+    draw_photos,
+    good_cases,
+    soak,
+    start,
+    upload,
+    wait_for,
+)
+from app.server import STOPPED
+from app.service import FAILED, PHOTO_WIDTH, Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
 from captioner import Caption, Captioner, list_models
 from captioner.checkpoint import Checkpoint
 from captioner.explain import explain, normalised_entropy
@@ -90,10 +111,71 @@ def test_one_bad_file_does_not_stop_the_others(default, bad_files):
         assert "/" not in answer  # nothing of the server's paths
 
 
+def test_what_goes_wrong_with_one_photo_does_not_lose_the_others(small, monkeypatch, caplog, tmp_path):
+    """The second photo fails as it is read, the third as it goes through the network."""
+    real_load, real_caption = app_service.load_image, Captioner.caption
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    paths = [str(PATHS[0]), str(PATHS[1]), str(tmp_path / "red.png"), str(PATHS[2])]
+    expected = [str(caption) for caption in small.caption(paths)]
+
+    def load(path, max_pixels):
+        if path == paths[1]:
+            raise PermissionError(path)
+        return real_load(path, max_pixels)
+
+    def caption(self, images, **options):
+        if any(image.getextrema() == ((255, 255), (0, 0), (0, 0)) for image in images):
+            raise RuntimeError("no memory")
+        return real_caption(self, images, **options)
+
+    monkeypatch.setattr(app_service, "load_image", load)
+    monkeypatch.setattr(Captioner, "caption", caption)
+    answers = Service({"small": small}).caption([(path, Settings(captions=1)) for path in paths])
+    assert [str(answer) for answer in answers] == [expected[0], FAILED, FAILED, expected[3]]
+    assert "PermissionError" in caplog.text
+    assert "RuntimeError: no memory" in caplog.text
+    assert caplog.text.count("Traceback") >= 2
+
+
+def test_a_group_of_settings_that_fails_does_not_lose_the_other_groups(small, monkeypatch):
+    real = Captioner.caption
+
+    def caption(self, images, **options):
+        if options["max_length"] == 7:
+            raise RuntimeError("seven")
+        return real(self, images, **options)
+
+    monkeypatch.setattr(Captioner, "caption", caption)
+    path = str(PATHS[0])
+    requests = [
+        (path, Settings()),
+        (path, Settings(max_length=7)),
+        (path, Refused("No.")),
+        (Refused("Never."), Settings()),
+    ]
+    answers = Service({"small": small}).caption([*requests, (path, Settings())])
+    assert [str(answer) for answer in answers[1:4]] == [FAILED, "No.", "Never."]
+    assert answers[0] == answers[4]
+
+
+def test_large_photos_are_kept_small_and_captioned_as_the_library_does(small, tmp_path):
+    path = tmp_path / "large.png"
+    Image.open(PATHS[0]).resize((3000, 2100)).save(path)
+    service = Service({"small": small})
+    (answer,) = service.caption([(str(path), Settings(beam_size=3))])
+    expected = small.caption(path, beam_size=3)
+    assert answer.words == expected.words
+    assert np.array_equal(answer.attention, expected.attention)
+    assert answer.image.size == (PHOTO_WIDTH, round(2100 * PHOTO_WIDTH / 3000))
+    assert answer.seen.size == (64, 64)
+    assert service.explain(answer, "small") == [step.to_dict() for step in explain(small, path, expected)]
+    assert all(one.image.width <= PHOTO_WIDTH for one in answer.alternatives)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((0, *DEFAULTS[1:]), "beam size should be a number from 1 to 20"),
+        ((0, *DEFAULTS[1:]), "beam size should be a whole number from 1 to 20"),
         ((5, 99, *DEFAULTS[2:]), "number of captions"),
         ((5, 3, 22, True, float("nan"), 0.9, 0), "temperature"),
         ((5, 3, 22, True, 1.0, 0, 0), "top-p"),
@@ -248,49 +330,29 @@ def test_the_server_says_that_it_is_well(url):
     assert health(url) == {"status": "ok", "models": ["default"]}
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", str(PATHS[0]), "../../etc/passwd", "app/__main__.py"])
-def test_no_other_file_of_the_machine_is_served(url, path):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(f"{url}/gradio_api/file={path}")
-    assert refused.value.code in (403, 404)
-
-
-def upload(url) -> str:
-    """Send a photograph over plain HTTP; the path by which the server knows it."""
-    boundary = "----captioner"
-    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
-    body = head.encode() + PATHS[0].read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-    headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/gradio_api/upload", body, headers)) as answer:
-        return json.load(answer)[0]
-
-
-def call(url, photo):
-    """The answer of /caption over plain HTTP."""
-    data = json.dumps({"data": [photo, "", 5, 1, 22, False, 1, 0.9, 0]}).encode()
-    request = urllib.request.Request(f"{url}/gradio_api/call/caption", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request) as answer:
-        event = json.load(answer)["event_id"]
-    with urllib.request.urlopen(f"{url}/gradio_api/call/caption/{event}") as answer:
-        return answer.read().decode().splitlines()
-
-
-@pytest.mark.parametrize("path", ["/etc/hostname", str(PATHS[0]), "app/assets/samples/cat.jpg"])
-def test_the_api_captions_no_file_that_was_not_uploaded(url, path):
-    lines = call(url, {"path": path, "meta": {"_type": "gradio.FileData"}})
-    assert lines[0] == "event: error"
-    assert "caption" not in lines[1]
-
-
-def test_uploads_are_deleted_after_a_while(small):
+def test_uploads_are_deleted_after_a_while(small, tmp_path):
+    (own,) = draw_photos(tmp_path, 1)
     with run_app({"small": small}, keep_seconds=1) as address:
-        uploaded = Path(upload(address))
+        photo = upload(address, own)
+        uploaded = Path(photo["path"])
         assert uploaded.is_file()
+        assert "caption" in call(address, photo)
+        break_off(address, Case("half an upload", PATHS[1], ""))
+        assert list(uploaded.parents[1].glob("tmp*"))
         until = time.monotonic() + 30
-        call(address, {"path": str(uploaded), "meta": {"_type": "gradio.FileData"}})
-        while uploaded.exists():
+        while uploaded.exists() or list(uploaded.parents[1].glob("tmp*")):
             assert time.monotonic() < until
             time.sleep(0.2)
+        samples = [
+            button["props"]["icon"]["url"] for button in config(address)["components"] if "icon" in button["props"]
+        ]
+        for sample in filter(None, samples):
+            assert urllib.request.urlopen(sample).status == 200
+
+
+def config(url):
+    with urllib.request.urlopen(f"{url}/config") as answer:
+        return json.load(answer)
 
 
 def test_the_page_may_stand_behind_a_proxy(small):
@@ -299,9 +361,7 @@ def test_the_page_may_stand_behind_a_proxy(small):
 
 
 def test_plain_http_works_as_the_readme_says(url, default):
-    lines = call(url, {"path": upload(url), "meta": {"_type": "gradio.FileData"}})
-    assert lines[0] == "event: complete"
-    assert json.loads(lines[1].removeprefix("data: "))[0]["caption"] == str(default.caption(PATHS[0]))
+    assert call(url, upload(url, PATHS[0]))["caption"] == str(default.caption(PATHS[0]))
 
 
 def test_thirty_two_people_at_once_get_their_own_captions(url, default, tmp_path):
@@ -350,15 +410,126 @@ def test_those_who_come_when_the_queue_is_full_are_told_so(small):
         assert any("full" in message.lower() for message in told)
 
 
-def test_only_those_with_a_password_may_enter(small, tmp_path):
-    path = tmp_path / "people"
-    path.write_text("# who may enter\nann:secret:with colon\n")
-    assert read_auth(str(path)) == [("ann", "secret:with colon")]
-    with run_app({"small": small}, auth=read_auth(str(path))) as address:
-        with pytest.raises(Exception, match=r"(?i)auth|login|401"):
-            gradio_client.Client(address, verbose=False)
-        inside = gradio_client.Client(address, verbose=False, auth=("ann", "secret:with colon"))
-        assert "caption" in ask(inside, PATHS[0])
+def test_each_of_many_photos_is_encoded_once_for_the_gallery(small, monkeypatch):
+    """Three steps of eight photos each; after every step the gallery shows all photos that are done."""
+    encoded = []
+    real = Image.Image.save
+
+    def save(self, file, kind=None, **options):
+        encoded.append(str(kind).lower())
+        return real(self, file, kind, **options)
+
+    with run_app({"small": small}) as url:
+        function = next(one for one in config(url)["dependencies"] if len(one["outputs"]) == 5)
+        photo = upload(url, PATHS[0])
+        monkeypatch.setattr(Image.Image, "save", save)
+        messages = run(url, function["id"], [[photo] * 24, [], 1, 1, 5, False, 1, 0.9, 0])
+    pictures = [message["output"]["data"] for message in messages if message["msg"] == "process_generating"]
+    assert len(pictures) >= 3
+    assert encoded.count("webp") == 24
+    assert len(encoded) == 24 + 24  # the other half is in the ZIP
+
+
+def run(url, function, data):
+    """Call one of the page's functions as the page does; all messages."""
+    body = json.dumps({"data": data, "fn_index": function, "session_hash": "s"}).encode()
+    request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request).close()
+    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=s", timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+
+
+def test_good_and_bad_requests_of_many_clients_get_what_they_should(small, tmp_path):
+    """The small brother of `python -m app.benchmark --soak 2000`."""
+    photos = draw_photos(tmp_path, 6)
+    before = threading.active_count()
+    with run_app({"small": small}) as url:
+        with HealthWatch(url) as health:
+            done = soak(url, good_cases(small, photos), bad_cases(tmp_path, photos[0]), clients=8, requests=60)
+        assert health.asked > 0
+        assert "caption" in call(url, upload(url, photos[0]))
+    assert done.total() == 60
+    assert done["broken off"] == 6
+    assert done["good"] >= 40
+    until = time.monotonic() + 20
+    while threading.active_count() > before:
+        assert time.monotonic() < until, threading.enumerate()
+        time.sleep(0.1)
+
+
+class Held(Captioner):
+    """A captioner that waits until it may go on."""
+
+    def __init__(self, captioner: Captioner) -> None:
+        self.__dict__ |= captioner.__dict__
+        self.gate = threading.Event()
+
+    def caption(self, *arguments, **options):
+        self.gate.wait(timeout=120)
+        return super().caption(*arguments, **options)
+
+
+def test_health_answers_while_every_thread_is_busy(small):
+    held = Held(small)
+    with run_app({"held": held}) as url:
+        photo = upload(url, PATHS[0])
+        for _ in range(50):
+            start(url, photo)
+        assert health(url)["status"] == "ok"
+        held.gate.set()
+
+
+def test_those_who_wait_when_the_server_stops_hear_of_it(small, monkeypatch):
+    """One is being captioned, three wait in the queue, and a page is open."""
+    monkeypatch.setattr("app.server.GRACE_SECONDS", 0.5)
+    held = Held(small)
+    with ThreadPoolExecutor(5) as people:
+        with run_app({"held": held}) as url:
+            photo = upload(url, PATHS[0])
+            waiting = [people.submit(call, url, photo) for _ in range(4)]
+            page = people.submit(lambda: urllib.request.urlopen(f"{url}/gradio_api/heartbeat/s", timeout=60).read())
+            time.sleep(1)
+            started = time.monotonic()
+        assert time.monotonic() - started < 9  # the end does not wait for the network
+        for one in waiting:
+            assert STOPPED in one.result(timeout=5)["error"]
+        assert page.result(timeout=5)
+        held.gate.set()
+
+
+def test_those_who_are_nearly_done_when_the_server_stops_get_their_captions(small):
+    held = Held(small)
+    with ThreadPoolExecutor(2) as people:
+        with run_app({"held": held}) as url:
+            photo = upload(url, PATHS[0])
+            waiting = [people.submit(call, url, photo) for _ in range(2)]
+            time.sleep(1)
+            threading.Timer(0.5, held.gate.set).start()
+        assert all("caption" in one.result(timeout=5) for one in waiting)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_the_program_ends_when_told_to_and_leaves_no_upload(small_folder, tmp_path, kind):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    del environment["GRADIO_TEMP_DIR"]
+    command = [sys.executable, "-m", "app", "--model", str(small_folder), "--port", str(port)]
+    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}", server)
+        uploaded = Path(upload(f"http://127.0.0.1:{port}", PATHS[0])["path"])
+        assert uploaded.is_relative_to(tmp_path)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/heartbeat/s", timeout=60):
+            server.send_signal(kind)
+            assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
+        errors = server.communicate()[1]
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in errors
 
 
 def test_without_a_model_named_all_models_in_the_package_are_offered():
@@ -374,6 +545,10 @@ def test_without_a_model_named_all_models_in_the_package_are_offered():
         (["small", "./small"], ["small", "./small"]),
         (["."], ["."]),
         (["small", "small"], ["small"]),
+        (["runs/a/best", "runs/a/best"], ["best"]),
+        (["runs/a/best/", "runs/b/best/"], ["runs/a/best/", "runs/b/best/"]),
+        (["runs/a/best/", "runs/b/other/"], ["best", "other"]),
+        (["base", "runs/base", "small"], ["base", "runs/base", "small"]),
     ],
 )
 def test_models_have_distinct_names_on_the_page(models, shown):
@@ -386,7 +561,7 @@ def test_models_of_the_same_folder_name_are_all_served(small, tmp_path, monkeypa
         small.save_pretrained(folder)
     served = []
     monkeypatch.setattr("app.server.create", lambda models, *_: served.extend(models))
-    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    monkeypatch.setattr("app.server.configure", lambda *_, **__: SimpleNamespace(run=lambda: None))
     assert main(["--model", folders[0], "--model", folders[1]]) == 0
     assert served == folders
 
