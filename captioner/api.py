@@ -256,7 +256,7 @@ class Captioner:
             "block_ngrams": check_option("block_ngrams", block_ngrams),
         }
         chance = {"temperature": temperature, "top_p": top_p, "seed": seed}
-        drawn = {name: check_option(name, value) for name, value in chance.items() if value is not None}
+        drawn: dict[str, Any] = {name: check_option(name, value) for name, value in chance.items() if value is not None}
         sampling = temperature is not None or top_p is not None
         if alternatives is None:
             alternatives = 0 if sampling else beam_size - 1

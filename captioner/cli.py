@@ -330,6 +330,14 @@ def say(message: str) -> None:
     print(f"\r{text}" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1, for options without limits of their own."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
 def number(option: str) -> Callable[[str], float]:
     """A reader of that option's value for argparse."""
 

@@ -19,6 +19,7 @@ from captioner.options import check_option
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 2**30
+MAX_INPUT = 4096  # rows or columns of what the encoder reads
 
 # The formats that are opened, in the order of trial; TGA has no signature and comes last. What Pillow reads besides
 # is rare in photographs, starts other programs (EPS), or is decoded before its size is known (ICO, ICNS).
@@ -27,7 +28,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM
 MAX_SCANS = 100  # of a progressive JPEG; each goes over the whole image. libtiff has the same limit.
 MAX_STRIPS = 200_000  # of a TIFF
 MAX_METADATA_READS = 10_000  # before the pixels; some formats join pieces of metadata in quadratic time
-MAX_READS = 1_000_000
+MAX_READS = 500_000
 
 SCAN = re.compile(rb"\xff\xda\0[\x06\x08\x0a\x0c][\x01-\x04]")
 AVIF_EXIF = re.compile(rb"(infe(?:\x02.{7}|\x03.{9}))Exif", re.DOTALL)
@@ -429,7 +430,11 @@ class Preprocessing:
             TypeError, ValueError: the values do not describe a preprocessing.
         """
         plain = cls(**{name: tuple(value) for name, value in values.items()})
-        rows, columns = plain.size
-        if rows < 1 or columns < 1 or len(plain.mean) != 3 or len(plain.std) != 3 or not all(plain.std):
-            raise ValueError(f"preprocessing {values} makes no sense")
+        if len(plain.size) != 2 or not all(type(n) is int and 1 <= n <= MAX_INPUT for n in plain.size):
+            raise ValueError(f"the size of images is two whole numbers from 1 to {MAX_INPUT}, not {plain.size!r:.100}")
+        for numbers in (plain.mean, plain.std):
+            if len(numbers) != 3 or not all(isinstance(n, int | float) and abs(n) < 1e6 for n in numbers):
+                raise ValueError(f"mean and std are three numbers each, not {numbers!r:.100}")
+        if not all(plain.std):
+            raise ValueError("std cannot be 0")
         return plain

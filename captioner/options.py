@@ -41,7 +41,7 @@ def check_option(name: str, value: object) -> int | float:
     """
     limits = LIMITS[name]
     try:
-        number = operator.index(value) if limits.whole else float(value)  # type: ignore[arg-type, call-overload]
+        number = operator.index(value) if limits.whole else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
     # Not a number fails every comparison.
