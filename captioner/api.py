@@ -14,7 +14,8 @@ from PIL import Image
 
 from captioner import heatmap
 from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from captioner.images import MAX_PIXELS, ImageSource, load_image
+from captioner.images import MAX_PIXELS, ImageSource, load_image, reason
+from captioner.options import check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.search import (
     BEAM_SIZE,
@@ -26,6 +27,8 @@ from captioner.search import (
     sample,
 )
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
+
+MAX_ROWS = 8000  # captions followed at a time, over all images of a batch; with more, smaller batches are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,14 +260,24 @@ class Captioner:
         """
         single = not isinstance(images, list | tuple)
         sources: Sequence[Any] = [images] if single else images  # type: ignore[assignment]
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        if alternatives is not None and alternatives < 0:
-            raise ValueError(f"alternatives cannot be negative, but is {alternatives}")
+        batch_size, beam_size = int(check_option("batch_size", batch_size)), int(check_option("beam_size", beam_size))
+        check_option("max_pixels", max_pixels)
+        length_penalty = check_option("length_penalty", length_penalty)
+        shared: dict[str, Any] = {
+            "max_length": check_option("max_length", max_length),
+            "block_ngrams": check_option("block_ngrams", block_ngrams),
+        }
+        chance = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        drawn: dict[str, Any] = {name: check_option(name, value) for name, value in chance.items() if value is not None}
         sampling = temperature is not None or top_p is not None
         if alternatives is None:
             alternatives = 0 if sampling else beam_size - 1
-        shared: dict[str, Any] = {"max_length": max_length, "block_ngrams": block_ngrams}
+        alternatives = int(check_option("alternatives", alternatives))
+        rows = alternatives + 1 if sampling else max(beam_size, alternatives + 1)
+        if not sampling and rows > (most := len(self.vocabulary) - len(SPECIAL)):
+            option, value = ("beam_size", beam_size) if beam_size == rows else ("alternatives", alternatives)
+            raise ValueError(f"{option} {value} is too many: a caption may begin with one of {most} words")
+        batch_size = min(batch_size, max(1, MAX_ROWS // rows))
         captions = []
         for first in range(0, len(sources), batch_size):
             photos = [load_image(source, max_pixels) for source in sources[first : first + batch_size]]
@@ -274,17 +287,15 @@ class Captioner:
                 found = sample(
                     self.model.decoder,
                     annotations,
-                    samples=alternatives + 1,
-                    temperature=1.0 if temperature is None else temperature,
-                    top_p=1.0 if top_p is None else top_p,
-                    seed=seed,
+                    samples=rows,
+                    **drawn,
                     **shared,
                 )
             else:
                 found = beam_search(
                     self.model.decoder,
                     annotations,
-                    beam_size=max(beam_size, alternatives + 1) if beam_size > 0 else beam_size,
+                    beam_size=rows,
                     length_penalty=length_penalty,
                     **shared,
                 )
@@ -358,9 +369,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device or "cpu")
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use device {str(device)!r}: {str(error).splitlines()[0]}") from error
+        torch.empty(1, device=device or "cpu").cpu()
+    except Exception as error:  # each backend has its own
+        raise ValueError(f"cannot use device {str(device)!r}: {reason(error)}") from error
     return torch.device(device or "cpu")
 
 

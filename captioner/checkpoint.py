@@ -4,14 +4,17 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from captioner.images import Preprocessing
 from captioner.model import ModelConfig, ShowAttendTell
@@ -19,6 +22,9 @@ from captioner.vocabulary import SPECIAL, Vocabulary
 
 FORMAT = 1
 WEIGHTS, CONFIG, VOCABULARY = "model.safetensors", "config.json", "vocabulary.json"
+MAX_JSON = 16 * 2**20  # bytes of a JSON file, and of the header of a safetensors file
+MAX_SIZE = 2**24  # of anything in a configuration without a smaller limit
+MAX_SIZES = {"encoder_self_attention": 64, "layers": 64, "heads": 1024, "grid": 128}
 
 
 class CheckpointError(RuntimeError):
@@ -90,55 +96,109 @@ def load_checkpoint(folder: str | os.PathLike[str], device: torch.device | str =
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}")
-    config = read_json(folder / CONFIG, dict)
+    config_bytes, vocabulary_bytes = read_file(folder / CONFIG), read_file(folder / VOCABULARY)
+    config = parse_json(config_bytes, dict, folder / CONFIG)
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder / CONFIG} has format {config.get('format')!r}; this version of captioner reads format {FORMAT}"
         )
-    words = read_json(folder / VOCABULARY, list)
-    weights, metadata = load_tensors(folder / WEIGHTS)
-    for name, file in (("config", CONFIG), ("vocabulary", VOCABULARY)):
-        if metadata.get(name) != digest((folder / file).read_bytes()):
+    words = parse_json(vocabulary_bytes, list, folder / VOCABULARY)
+    with opened(folder / WEIGHTS) as file:
+        metadata = file.metadata() or {}
+        for name, part, data in (("config", CONFIG, config_bytes), ("vocabulary", VOCABULARY, vocabulary_bytes)):
+            if metadata.get(name) != digest(data):
+                raise CheckpointError(
+                    f"{folder / part} is not the one that {WEIGHTS} was saved with; copy all three files again"
+                )
+        try:
+            vocabulary = Vocabulary(words)
+        except ValueError as error:
+            raise CheckpointError(f"{folder / VOCABULARY} is no list of words: {error}") from error
+        try:
+            model_config = read_config(config["model"])
+            preprocessing = Preprocessing.from_dict(config["preprocessing"])
+            about = config.get("about", {})
+            if not isinstance(about, dict):
+                raise ValueError(f"about should be an object, not {about!r}")
+            with WithoutMemory():
+                model = ShowAttendTell(model_config)
+        except Exception as error:  # whatever the parts of a network raise at sizes that make no sense
+            message = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+            raise CheckpointError(f"{folder / CONFIG} does not describe a model: {message}") from error
+        if model_config.vocabulary_size != len(vocabulary):
             raise CheckpointError(
-                f"{folder / file} is not the one that {WEIGHTS} was saved with; copy all three files again"
+                f"{folder / VOCABULARY} has {len(vocabulary)} words, {CONFIG} says {model_config.vocabulary_size}"
             )
-    try:
-        if not all(isinstance(word, str) for word in words):
-            raise ValueError("every word should be a string")
-        vocabulary = Vocabulary(words)
-    except ValueError as error:
-        raise CheckpointError(f"{folder / VOCABULARY} is no list of words: {error}") from error
-    try:
-        model_config = ModelConfig(**{**config["model"], "grid": tuple(config["model"]["grid"])})
-        preprocessing = Preprocessing.from_dict(config["preprocessing"])
-        model = ShowAttendTell(model_config)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / CONFIG} does not describe a model: {error}") from error
-    if model_config.vocabulary_size != len(vocabulary):
-        raise CheckpointError(
-            f"{folder / VOCABULARY} has {len(vocabulary)} words, {CONFIG} says {model_config.vocabulary_size}"
-        )
-    fill(model, weights, folder / WEIGHTS)
-    return Checkpoint(model.to(device).eval(), vocabulary, preprocessing, config.get("about", {}))
+        check_shapes(model, file, folder / WEIGHTS)
+        fill(model.to_empty(device="cpu"), file, folder / WEIGHTS)
+    return Checkpoint(model.to(device).eval(), vocabulary, preprocessing, about)
 
 
-def fill(model: torch.nn.Module, weights: dict[str, Tensor], source: Path) -> None:
-    """Copy `weights` into `model`; any missing, unknown or misshapen one is a CheckpointError."""
+class WithoutMemory(TorchFunctionMode):
+    """Networks built inside have shapes and no memory, so that they can be compared with a file's first.
+
+    Unlike with `torch.device("meta")`, tensors other than weights and buffers are real: some networks read them.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
+
+
+def read_config(values: dict[str, Any]) -> ModelConfig:
+    """The configuration of a model from a file.
+
+    Raises:
+        TypeError, ValueError: there is an unknown name, or a value of the wrong type or outside all reason.
+    """
+    config = ModelConfig(**values)
+    for field in dataclasses.fields(ModelConfig):
+        value = getattr(config, field.name)
+        if field.name == "grid":
+            value = list(value) if isinstance(value, list | tuple) else []
+            valid = len(value) == 2 and all(type(n) is int and 1 <= n <= MAX_SIZES["grid"] for n in value)
+        elif field.type is int:
+            valid = type(value) is int and 0 <= value <= MAX_SIZES.get(field.name, MAX_SIZE)
+        elif field.type is float:
+            valid = isinstance(value, int | float) and math.isfinite(value)
+        else:
+            valid = isinstance(value, field.type)  # type: ignore[arg-type]
+        if not valid:
+            raise ValueError(f"{field.name} cannot be {value!r:.100}")
+    # The other networks of torchvision download parts of themselves when they are built.
+    if config.encoder not in torchvision.models.list_models(module=torchvision.models):
+        raise ValueError(f"torchvision has no classification network {config.encoder!r:.100}")
+    return dataclasses.replace(config, grid=(config.grid[0], config.grid[1]))
+
+
+def check_shapes(model: torch.nn.Module, file: Any, source: Path) -> None:
+    """Raise CheckpointError where the tensors of a safetensors file are not those of the model."""
     own = model.state_dict()
-    for problem, names in (
-        ("lacks", own.keys() - weights.keys()),
-        ("has unknown", weights.keys() - own.keys()),
-    ):
-        if names:
-            raise CheckpointError(f"{source} {problem} tensors that its config asks for: {sorted(names)[:3]}")
+    names = set(file.keys())
+    for problem, wrong in (("lacks", own.keys() - names), ("has unknown", names - own.keys())):
+        if wrong:
+            raise CheckpointError(f"{source} {problem} tensors that its config asks for: {sorted(wrong)[:3]}")
     for name, tensor in own.items():
-        if weights[name].shape != tensor.shape:
+        there = file.get_slice(name)
+        if list(there.get_shape()) != list(tensor.shape):
             raise CheckpointError(
-                f"{source}: {name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+                f"{source}: {name} has shape {tuple(there.get_shape())}, expected {tuple(tensor.shape)}"
             )
-        if not torch.isfinite(weights[name]).all():
+        if there.get_dtype() not in (("F32", "F16", "BF16") if tensor.is_floating_point() else ("I64",)):
+            raise CheckpointError(f"{source}: {name} is of type {there.get_dtype()}, expected {tensor.dtype}")
+
+
+def fill(model: torch.nn.Module, file: Any, source: Path) -> None:
+    """Copy the tensors of a safetensors file into `model`, one after the other."""
+    for name, own in model.state_dict().items():
+        tensor = file.get_tensor(name)
+        if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{source}: {name} holds numbers that are not finite")
-    model.load_state_dict(weights)
+        own.copy_(tensor)
 
 
 @contextlib.contextmanager
@@ -146,11 +206,15 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     """Temporary files beside `paths` to write; on success all are flushed to the disk, then take their places."""
     temporary = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths]
     try:
-        yield temporary
+        modes = []
         for path in temporary:
+            path.touch()
+            modes.append(path.stat().st_mode)  # as the umask has it; some libraries write files for their owner only
+        yield temporary
+        for path, mode in zip(temporary, modes, strict=True):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-            path.chmod(0o644)
+            path.chmod(mode)
         swap(temporary, paths)
     finally:
         for path in temporary:
@@ -188,26 +252,51 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
         raise OSError(str(error)) from error
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file. Raises CheckpointError where it is none."""
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open; nothing but its header is read. Raises CheckpointError where it is none."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if MAX_JSON < header < path.stat().st_size:
+            raise ValueError(f"its header has more than {MAX_JSON >> 20} MiB")
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """The JSON value in `path`. Raises CheckpointError where it is missing, broken or of another kind."""
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises CheckpointError where it is none."""
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a JSON file. Raises CheckpointError where it is missing or very large."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise FileNotFoundError
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON + 1)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) > MAX_JSON:
+        raise CheckpointError(f"{path} has more than {MAX_JSON >> 20} MiB")
+    return data
+
+
+def parse_json(data: bytes, kind: type, path: Path) -> Any:
+    """The JSON value in `data`, read from `path`. Raises CheckpointError where it is broken or of another kind."""
+    try:
+        value = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is truncated or not JSON: {error}") from error
     if not isinstance(value, kind):
         raise CheckpointError(f"{path} should hold a JSON {kind.__name__}, not a {type(value).__name__}")

@@ -5,12 +5,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from captioner import __version__
+from captioner.options import LIMITS, check_option
 from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
@@ -40,10 +42,11 @@ class Input:
 
     path: where it is, or "-" for standard input.
     name: what its heatmap is called: its path within the folder that was named.
+    error: why it cannot be read, where that is known already.
     """
 
-    def __init__(self, path: str, name: str) -> None:
-        self.path, self.name = path, name
+    def __init__(self, path: str, name: str, error: str = "") -> None:
+        self.path, self.name, self.error = path, name, error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read the output has had enough; Python must not complain when it closes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()  # whoever read it has had enough
         return 1
 
 
@@ -89,32 +91,43 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--list-models", action=ListModels, nargs=0, help="show the models in the package, the default first, and exit"
     )
     parser.add_argument("--device", help="cpu, cuda, mps, or auto for a GPU where there is one (default: cpu)")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at a time (default: 32)")
-    search = parser.add_argument_group("search")
-    search.add_argument("--beam-size", type=positive, default=5, metavar="N", help="1 is greedy search (default: 5)")
-    search.add_argument("--alternatives", type=natural, default=0, metavar="N", help="other captions to show")
-    search.add_argument("--max-length", type=positive, metavar="N", help="most words in a caption")
-    search.add_argument(
-        "--temperature", type=float, metavar="T", help="draw words by chance; below 1 safer, above bolder"
+    parser.add_argument(
+        "--batch-size", type=number("batch_size"), default=32, metavar="N", help="images at a time (default: 32)"
     )
-    search.add_argument("--top-p", type=float, metavar="P", help="draw only among the likeliest words that reach P")
-    search.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same captions")
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--beam-size", type=number("beam_size"), default=5, metavar="N", help="1 is greedy search (default: 5)"
+    )
+    search.add_argument(
+        "--alternatives", type=number("alternatives"), default=0, metavar="N", help="other captions to show"
+    )
+    search.add_argument("--max-length", type=number("max_length"), metavar="N", help="most words in a caption")
+    search.add_argument(
+        "--temperature",
+        type=number("temperature"),
+        metavar="T",
+        help="draw words by chance; below 1 safer, above bolder",
+    )
+    search.add_argument(
+        "--top-p", type=number("top_p"), metavar="P", help="draw only among the likeliest words that reach P"
+    )
+    search.add_argument("--seed", type=number("seed"), metavar="N", help="the same seed draws the same captions")
     parser.add_argument(
         "--min-confidence",
-        type=float,
+        type=number("min_confidence"),
         default=0.0,
         metavar="P",
         help="leave out captions that the model is less sure of, 0 to 1; the README says what to expect",
     )
-    parser.add_argument("--max-megapixels", type=float, metavar="N", help="larger images are refused (default: 100)")
+    parser.add_argument(
+        "--max-megapixels",
+        type=number("max_megapixels"),
+        default=100,
+        metavar="N",
+        help="larger images are refused (default: 100)",
+    )
     parser.add_argument("--version", action="version", version=f"captioner {__version__}")
     options = parser.parse_args(arguments)
-    if options.temperature is not None and not options.temperature > 0:
-        parser.error(f"--temperature must be above 0, not {options.temperature}")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        parser.error(f"--top-p must be above 0 and at most 1, not {options.top_p}")
-    if not 0 <= options.min_confidence <= 1:
-        parser.error(f"--min-confidence must be from 0 to 1, not {options.min_confidence}")
     if options.images.count("-") > 1:
         parser.error("- can be given once only")
     return options
@@ -152,10 +165,13 @@ def run(options: argparse.Namespace) -> int:
     from captioner.api import Captioner
     from captioner.checkpoint import CheckpointError
 
+    # Pillow warns of odd metadata in files that it reads well.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         captioner = Captioner.from_pretrained(options.model, options.device)
+        captioner.caption([], **search_options(options))  # what the model cannot do is said before anything is read
     except (CheckpointError, ValueError) as error:
-        print(f"captioner: {error}", file=sys.stderr)
+        say(f"captioner: {error}")
         return 2
     try:
         with open_output(options.output) as output:
@@ -163,9 +179,17 @@ def run(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        print(f"captioner: cannot write: {error}", file=sys.stderr)
+        say(f"captioner: cannot write {options.output or 'the output'}: {error.strerror or error}")
+        if not options.output:
+            discard_output()
         return 1
     return 1 if failed else 0
+
+
+def search_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Captioner.caption` that were given."""
+    names = ("beam_size", "alternatives", "batch_size", "max_length", "temperature", "top_p", "seed")
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def find_inputs(named: Sequence[str], recursive: bool) -> Iterator[Input]:
@@ -174,18 +198,26 @@ def find_inputs(named: Sequence[str], recursive: bool) -> Iterator[Input]:
         if name == "-" or not os.path.isdir(name):
             yield Input(name, "stdin" if name == "-" else os.path.basename(name))
             continue
-        folder = Path(name)
-        for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
-            if path.suffix.lower() in SUFFIXES and not path.is_dir():
-                yield Input(str(path), str(path.relative_to(folder)))
+        yield from find_in_folder(Path(name), recursive)
+
+
+def find_in_folder(folder: Path, recursive: bool) -> Iterator[Input]:
+    """The images in a folder in the order of their paths, then the folders that cannot be listed."""
+    errors: list[OSError] = []
+    paths: list[Path] = []
+    for place, _, names in os.walk(folder, onerror=errors.append):
+        paths += [path for path in (Path(place, name) for name in names) if path.suffix.lower() in SUFFIXES]
+        if not recursive:
+            break
+    for path in sorted(paths):
+        yield Input(str(path), str(path.relative_to(folder)))
+    for error in errors:
+        yield Input(error.filename, "", f"{error.filename} cannot be listed: {error.strerror}")
 
 
 def caption_all(captioner: "Captioner", inputs: Sequence[Input], options: argparse.Namespace, output: TextIO) -> int:
     """Caption every input, write a line for each as soon as it is known. Returns how many failed."""
-    search = {"beam_size": options.beam_size, "alternatives": options.alternatives, "batch_size": options.batch_size}
-    for name in ("max_length", "temperature", "top_p", "seed"):
-        if getattr(options, name) is not None:
-            search[name] = getattr(options, name)
+    search = search_options(options)
     alone = len(options.images) == 1 and not os.path.isdir(options.images[0])
     failed = done = 0
     taken: set[Path] = set()
@@ -197,11 +229,11 @@ def caption_all(captioner: "Captioner", inputs: Sequence[Input], options: argpar
             if caption and caption.confidence < options.min_confidence:
                 error = f"{item.path}: confidence {caption.confidence:.2f} is below {options.min_confidence:g}"
                 caption = None
-            if caption is None:
+            elif caption and caption.words and options.heatmaps:
+                error = save_heatmap(caption, Path(options.heatmaps), item.name, taken, options.heatmap_scale)
+            if error:
                 failed += 1
                 say(f"captioner: {error}")
-            elif options.heatmaps and caption.words:
-                save_heatmap(caption, Path(options.heatmaps), item.name, taken, options.heatmap_scale)
             output.write(line(item.path, caption, error, options.format, alone))
             output.flush()
             done += 1
@@ -218,13 +250,14 @@ def loaded(
     While the network works on one batch, threads read the next. Where no heatmap is wanted an image is at once
     resized to what the model reads, so that two batches of large photographs do not fill the memory.
     """
-    from captioner.images import MAX_PIXELS, ImageError, load_image
-
-    limit = round(options.max_megapixels * 1e6) if options.max_megapixels else MAX_PIXELS
+    from captioner.images import ImageError, load_image
 
     def load(item: Input) -> Any:
         try:
-            image = load_image(sys.stdin.buffer.read() if item.path == "-" else item.path, limit)
+            if item.error or (item.path == "-" and sys.stdin is None):
+                raise ImageError(item.error or "standard input is closed")
+            source = sys.stdin.buffer if item.path == "-" else item.path
+            image = load_image(source, options.max_megapixels * 1e6)
         except ImageError as error:
             return error
         return image if options.heatmaps else captioner.preprocessing.resize(image)
@@ -251,21 +284,31 @@ def line(path: str, caption: "Caption | None", error: str, style: str, alone: bo
     captions = [str(caption), *map(str, caption.alternatives)]
     if alone:
         return "".join(f"{text}\n" for text in captions)
-    # A name with a tab or a newline in it must not look like another column or line.
-    escaped = path.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
-    return "\t".join([escaped, *captions]) + "\n"
+    return "\t".join(map(escape, [path, *captions])) + "\n"
 
 
-def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path], scale: str) -> None:
-    """Write the figure of a caption to `folder`/`name`.png, with a number where that name is taken in this run."""
+def escape(text: str) -> str:
+    """Text for one column of one line: a tab or a newline in a name must not look like another."""
+    return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+
+
+def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path], scale: str) -> str:
+    """Write the figure of a caption to `folder`/`name`.png, with a number where that name is taken in this run.
+
+    Returns what went wrong, or nothing.
+    """
     path = folder / f"{name}.png"
     number = 2
     while path in taken:
         path = folder / f"{name}-{number}.png"
         number += 1
     taken.add(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    caption.figure(scale=scale).save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        caption.figure(scale=scale).save(path)
+    except OSError as error:
+        return f"cannot write {path}: {error.strerror or error}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -280,26 +323,37 @@ def open_output(path: str | None) -> Iterator[TextIO]:
         yield sys.stdout
 
 
+def discard_output() -> None:
+    """Send what is still to be written to stdout nowhere, so that Python does not complain when it closes it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(message: str) -> None:
-    """Write a line to stderr, on a fresh line where a counter stands there."""
-    text = message.encode(sys.stderr.encoding or "utf-8", "backslashreplace").decode(sys.stderr.encoding or "utf-8")
+    """Write a line to stderr, on a fresh line where a counter stands there. Nothing in it can control a terminal."""
+    encoding = sys.stderr.encoding or "utf-8"
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    text = shown.encode(encoding, "backslashreplace").decode(encoding)
     print(f"\r{text}" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1."""
+    """A whole number of at least 1, for options without limits of their own."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
 
 
-def natural(text: str) -> int:
-    """A whole number of at least 0."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"cannot be negative, but is {number}")
-    return number
+def number(option: str) -> Callable[[str], float]:
+    """A reader of that option's value for argparse."""
+
+    def read(text: str) -> float:
+        try:
+            return check_option(option, int(text) if LIMITS[option].whole else float(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {LIMITS[option]}, not {text!r}") from None
+
+    return read
 
 
 if __name__ == "__main__":

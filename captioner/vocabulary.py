@@ -17,11 +17,16 @@ class Vocabulary:
         words: the words proper, without the four special ones, in the order of their ids.
 
     Raises:
-        ValueError: a word is empty, stands there twice, or is one of the special ones.
+        ValueError: a word is no string, cannot be written in UTF-8, is empty, stands there twice, or is one of the
+            special ones.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
         self.words: tuple[str, ...] = SPECIAL + tuple(words)
+        for word in self.words:
+            if not isinstance(word, str):
+                raise ValueError(f"a vocabulary holds strings, not {word!r:.100}")
+            word.encode()  # UnicodeEncodeError, a ValueError, of half a surrogate pair
         self.ids: dict[str, int] = {word: index for index, word in enumerate(self.words)}
         if len(self.ids) < len(self.words):
             repeated = [word for word, count in Counter(self.words).items() if count > 1]

@@ -1,0 +1,50 @@
+"""The values that the options of captioning may have. Nothing heavy is imported here, for the command line's sake."""
+
+import operator
+from typing import NamedTuple
+
+
+class Limits(NamedTuple):
+    """The values of one option: whole numbers where `whole`, from `low` (itself left out where `above`) to `high`."""
+
+    whole: bool
+    low: float
+    high: float
+    above: bool = False
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} {f'above {self.low:g}' if self.above else f'from {self.low}'} to {self.high}"
+
+
+LIMITS = {
+    "batch_size": Limits(True, 1, 1024),
+    "beam_size": Limits(True, 1, 1000),
+    "alternatives": Limits(True, 0, 999),
+    "max_length": Limits(True, 1, 1000),
+    "length_penalty": Limits(False, -10, 10),
+    "block_ngrams": Limits(True, 0, 1000),
+    "temperature": Limits(False, 0, 1000, above=True),
+    "top_p": Limits(False, 0, 1, above=True),
+    "seed": Limits(True, -(2**63), 2**63 - 1),  # what torch takes
+    "max_pixels": Limits(False, 1, 10**12),
+    "max_megapixels": Limits(False, 1e-6, 10**6),
+    "min_confidence": Limits(False, 0, 1),
+}
+
+
+def check_option(name: str, value: object) -> int | float:
+    """The value as a Python number.
+
+    Raises:
+        ValueError: the option cannot have it; the message names the option, its limits and the value.
+    """
+    limits = LIMITS[name]
+    try:
+        number = operator.index(value) if limits.whole else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    # Not a number fails every comparison.
+    if not (limits.low < number if limits.above else limits.low <= number) or not number <= limits.high:
+        raise ValueError(f"{name} must be {limits}, not {value!r}")
+    return number
