@@ -353,7 +353,7 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 
 def test_names_and_words_that_look_like_html_are_text_on_the_page(browser, default, tmp_path, monkeypatch):
-    texts = [f"<img/src=x/onerror=alert({number})>" for number in range(4)] + ['"onmouseover="alert(4)']
+    texts = [f"\"'><img/src='x'/onerror='alert({number})'>&lt;" for number in range(6)]
     torch.manual_seed(0)
     hostile = Captioner(Checkpoint(small_model(len(texts) + 4), Vocabulary(texts), Preprocessing(size=(64, 64))))
     name = f"</script><script>alert(5)</script>{HOSTILE}"

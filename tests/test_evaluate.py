@@ -119,7 +119,7 @@ class Page(HTMLParser):
 
 def test_names_and_words_that_look_like_html_are_text_in_the_report(root, tmp_path):
     script, picture = "<script>alert(1)</script>", "<img src=x onerror=alert(1)>"
-    words = ["<img/src=x/onerror=alert(1)>", '"onmouseover="alert(1)', "'><b>", "</article>", "&lt;i&gt;"]
+    words = [f"\"'><img/src='x'/onerror='alert({number})'>&lt;" for number in range(6)]
     torch.manual_seed(0)
     sizes = {"annotation_size": 16, "attention_size": 16, "embedding_size": 16, "hidden_size": 16}
     network = ShowAttendTell(ModelConfig(len(words) + 4, grid=(2, 2), **sizes))
