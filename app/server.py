@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import os
 import time
 from collections.abc import AsyncIterator
@@ -48,6 +49,9 @@ def create(
         root_path: where a reverse proxy shows the page.
         keep_seconds: uploads and downloads are deleted after so long.
     """
+    with contextlib.suppress(ImportError):
+        # Gradio would import it at the first request, and answer nobody else for so long.
+        importlib.import_module("matplotlib.pyplot")
     service = Service(models, concurrency=concurrency)
 
     @contextlib.asynccontextmanager
