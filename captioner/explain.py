@@ -53,12 +53,10 @@ def normalised_entropy(weights: np.ndarray) -> float:
         weights: of L regions, of any shape; they sum to 1.
 
     Returns:
-        0 where one region has all the weight, 1 where all regions have the same.
+        0 where one region has all the weight or there is no other, 1 where all regions have the same.
     """
-    if weights.size == 1:
-        return 1.0
     some = weights[weights > 0]
-    return float(-(some * np.log(some)).sum() / np.log(weights.size))
+    return float(-(some * np.log(some)).sum() / np.log(max(weights.size, 2)))
 
 
 @torch.inference_mode()

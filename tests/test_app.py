@@ -231,7 +231,7 @@ def test_the_entropy_of_a_map_is_a_share_of_an_even_maps():
     assert normalised_entropy(np.full((2, 3), 1 / 6)) == pytest.approx(1)
     assert normalised_entropy(np.array([[0.0, 1.0], [0.0, 0.0]])) == 0
     assert normalised_entropy(np.array([0.5, 0.5, 0.0, 0.0])) == pytest.approx(0.5)
-    assert normalised_entropy(np.ones((1, 1))) == 1
+    assert normalised_entropy(np.ones((1, 1))) == 0
 
 
 @pytest.mark.parametrize("options", [{"attention": "multi_head", "heads": 2}, {"decoder": "transformer", "heads": 2}])
