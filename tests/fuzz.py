@@ -80,6 +80,8 @@ def pictures() -> dict[str, bytes]:
     whole = photograph()
     found = {}
     for kind, mode in itertools.product(sorted(Image.SAVE), MODES):
+        if kind not in FORMATS and mode not in ("L", "RGB"):
+            continue
         for number, options in enumerate([{}, *VARIANTS.get(kind, [])]):
             try:
                 image = Image.new(mode, whole.size, 77) if mode.startswith("I;16") else whole.convert(mode)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -157,6 +158,15 @@ def test_names_with_tabs_and_newlines_stay_on_one_line(small_folder, tmp_path, c
         (["a.jpg", "--model", "/no/such"], 2, "no model '/no/such'"),
         (["a.jpg", "--model", "huge"], 2, list_models()[0].name),
         (["a.jpg", "--device", "quantum"], 2, "quantum"),
+        (["a.jpg", "--device", "meta"], 2, "meta"),
+        (["a.jpg", "--device", "cuda:99"], 2, "cuda:99"),
+        (["a.jpg", "--beam-size", "41"], 2, "beam_size 41 is too many"),
+        (["a.jpg", "--alternatives", "40"], 2, "alternatives 40 is too many"),
+        (["/dev/zero"], 1, "/dev/zero is a pipe or a device"),
+        (["{cat}/x"], 1, "Not a directory"),
+        (["a\x1b[2Jb\nc.jpg"], 1, "a\\x1b[2Jb\\nc.jpg does not exist"),
+        (["{cat}", "--output", "/dev/full"], 1, "cannot write /dev/full: No space left"),
+        (["{cat}", "--heatmaps", "{cat}"], 1, "cannot write"),
         (["{cat}", "--min-confidence", "1"], 1, "is below 1"),
         (["{cat}", "--max-megapixels", "0.001"], 1, "too many pixels"),
         (["{cat}", "--output", "/no/such/folder/file"], 1, "cannot write"),
@@ -171,11 +181,35 @@ def test_what_goes_wrong_is_said_in_one_line(small_folder, tmp_path, capsys, arg
     assert len(err.splitlines()) == 1
 
 
+WRONG = """
+--beam-size 0 5000 2.5 x 9999999999999999999999
+--alternatives -1 3000
+--batch-size 0 1000000000
+--max-length 0 1000000000
+--temperature 0 -1 inf nan 1e999
+--top-p 0 2 nan
+--seed 99999999999999999999999999 -99999999999999999999 nan
+--min-confidence nan -0.1 1.1
+--max-megapixels 0 -1 nan inf 1e300
+--format xml
+"""
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["a.jpg", "--beam-size", "0"], ["a.jpg", "--top-p", "2"], ["a.jpg", "--temperature", "0"], ["a.jpg", "--x"],
-     ["a.jpg", "--alternatives", "-1"], ["a.jpg", "--format", "xml"], ["-", "-"]],
-)  # fmt: skip
+    [[option, value] for option, *values in map(str.split, WRONG.strip().splitlines()) for value in values],
+    ids=" ".join,
+)
+def test_a_value_that_an_option_cannot_have_is_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["a.jpg", "=".join(arguments)])
+    assert exit_.value.code == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert arguments[0] in sentence
+    assert arguments[1] in sentence
+
+
+@pytest.mark.parametrize("arguments", [[], ["a.jpg", "--x"], ["-", "-"]])
 def test_wrong_usage_exits_with_two(arguments):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -252,3 +286,108 @@ def test_the_command_uses_the_model_of_that_name_or_the_default(name, capsys):
     assert main([str(PHOTOS / "photographer.jpg"), *(["--model", name] if name else [])]) == 0
     expected = Captioner.from_pretrained(name).caption(PHOTOS / "photographer.jpg")
     assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_a_folder_of_oddities_never_stops_the_rest(small_folder, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    odd = ["a'b\".png", "–é 猫.png", "a b.png", "-r.png", "*.png", b"\xff\xfe.png", "x" * 240 + ".png"]
+    for name in odd:
+        image = Image.new("RGB", (9, 9))
+        with open(os.path.join(os.fsencode(tmp_path / "photos"), os.fsencode(name)), "wb") as file:
+            image.save(file, "PNG")
+    (tmp_path / "photos" / "broken.png").symlink_to("nowhere")
+    (tmp_path / "photos" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "photos" / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "photos" / "pipe.png")
+    output = tmp_path / "captions.txt"
+    assert run(small_folder, tmp_path / "photos", "--recursive", "--batch-size", 2, "--output", output) == 1
+    assert len(output.read_bytes().splitlines()) == len(odd)
+    err = capsys.readouterr().err
+    assert sorted(line.partition(".png ")[2] for line in err.splitlines()) == [
+        "cannot be opened: Too many levels of symbolic links",
+        "is a link to a file that does not exist",
+        "is a pipe or a device; give a file, or the data through standard input",
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_the_rest_goes_on(small_folder, photos, capsys, monkeypatch):
+    scan = os.scandir
+
+    def forbidding(path):
+        if os.fspath(path) == str(photos / "more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    assert run(small_folder, photos / "more", photos, "--recursive", "--format", "jsonl") == 1
+    out, err = capsys.readouterr()
+    records = [json.loads(line) for line in out.splitlines()]
+    assert [record["path"] for record in records if "caption" in record] == [
+        str(photos / "a.jpg"),
+        str(photos / "b.PNG"),
+    ]
+    assert err.count(f"captioner: {photos / 'more'} cannot be listed: Permission denied\n") == 2
+
+
+def test_files_that_vanish_are_named_and_the_rest_goes_on(small_folder, photos, capsys, monkeypatch):
+    from captioner import cli
+
+    find = cli.find_inputs
+
+    def find_and_remove(*arguments):
+        found = list(find(*arguments))
+        (photos / "a.jpg").unlink()
+        return found
+
+    monkeypatch.setattr(cli, "find_inputs", find_and_remove)
+    assert run(small_folder, photos) == 1
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == [str(photos / "b.PNG")]
+    assert "a.jpg does not exist" in err
+
+
+def test_a_heatmap_that_cannot_be_written_is_named_and_the_captions_go_on(small_folder, photos, tmp_path, capsys):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "a.jpg.png").mkdir()  # in its place
+    assert run(small_folder, photos / "a.jpg", photos / "b.PNG", "--heatmaps", tmp_path / "maps") == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err == f"captioner: cannot write {tmp_path / 'maps' / 'a.jpg.png'}: Is a directory\n"
+    assert (tmp_path / "maps" / "b.PNG.png").is_file()
+
+
+def test_a_full_disk_behind_stdout_is_one_sentence(small_folder):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command(small_folder, PHOTOS / "cat.jpg"), stdout=full, stderr=subprocess.PIPE, check=False, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr == "captioner: cannot write the output: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (PHOTOS / "cat.jpg", ""),
+        ("/dev/zero", "/dev/zero is not an image"),
+        ("/dev/null", "/dev/null is empty"),
+        (None, "standard input is closed"),
+    ],
+)
+def test_standard_input_is_read_as_far_as_it_holds_an_image(small_folder, monkeypatch, capsys, path, message):
+    with open(path or os.devnull) as file:
+        monkeypatch.setattr(sys, "stdin", file if path else None)
+        assert run(small_folder, "-") == bool(message)
+    out, err = capsys.readouterr()
+    assert (len(out.splitlines()), len(err.splitlines())) == ((0, 1) if message else (1, 0))
+    assert message in err
+
+
+def test_what_a_shell_passes_as_a_path_is_read(small_folder, capsys):
+    reading, writing = os.pipe()
+    with open(reading, "rb"), open(writing, "wb") as pipe:
+        sender = threading.Thread(target=lambda: (pipe.write((PHOTOS / "cat.jpg").read_bytes()), pipe.close()))
+        sender.start()
+        assert run(small_folder, f"/dev/fd/{reading}") == 0
+        sender.join()
+    assert capsys.readouterr().out
