@@ -414,9 +414,9 @@ def main() -> None:
         faulthandler.dump_traceback_later(60, exit=True)  # a hang inside a codec cannot be interrupted otherwise
         path = Path(tempfile.gettempdir()) / f"fuzz-{name}"
         path.write_bytes(data)
-        began = time.perf_counter()
+        began = time.process_time()
         said = outcome(data)
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         assert one_sentence(said), said
         results["image" if said == "image" else "error"] += 1
         assert took < SECONDS, f"{path} took {took:.1f} s"

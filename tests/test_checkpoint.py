@@ -232,3 +232,21 @@ def test_files_of_two_saves_are_never_taken_for_one_model(folder, tmp_path):
 def test_a_save_replaces_what_was_there(folder):
     save_checkpoint(folder, made(seed=1))
     assert same(load_checkpoint(folder), made(seed=1))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_permissions_that_the_user_gives_to_new_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_checkpoint(tmp_path / "model", made())
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_weights_are_laid_out_as_in_a_new_model(folder):
+    new, loaded = made().model.state_dict(), load_checkpoint(folder).model.state_dict()
+    assert {name: tensor.stride() for name, tensor in loaded.items()} == {
+        name: tensor.stride() for name, tensor in new.items()
+    }
