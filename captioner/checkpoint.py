@@ -96,15 +96,17 @@ def load_checkpoint(folder: str | os.PathLike[str], device: torch.device | str =
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}")
-    config_bytes, vocabulary_bytes = read_file(folder / CONFIG), read_file(folder / VOCABULARY)
-    config = parse_json(config_bytes, dict, folder / CONFIG)
-    if config.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / CONFIG} has format {config.get('format')!r}; this version of captioner reads format {FORMAT}"
-        )
-    words = parse_json(vocabulary_bytes, list, folder / VOCABULARY)
     with opened(folder / WEIGHTS) as file:
         metadata = file.metadata() or {}
+        config_bytes = read_saved_with(folder / CONFIG, metadata.get("config"))
+        vocabulary_bytes = read_saved_with(folder / VOCABULARY, metadata.get("vocabulary"))
+        config = parse_json(config_bytes, dict, folder / CONFIG)
+        if config.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{folder / CONFIG} has format {config.get('format')!r}; "
+                f"this version of captioner reads format {FORMAT}"
+            )
+        words = parse_json(vocabulary_bytes, list, folder / VOCABULARY)
         for name, part, data in (("config", CONFIG, config_bytes), ("vocabulary", VOCABULARY, vocabulary_bytes)):
             if metadata.get(name) != digest(data):
                 raise CheckpointError(
@@ -236,6 +238,10 @@ def swap(temporary: Sequence[Path], paths: Sequence[Path]) -> None:
             if old.exists():
                 os.replace(old, path)
         raise
+    else:
+        for path in paths:  # also what a killed save left
+            for old in path.parent.glob(f".{path.name}.*.old"):
+                old.unlink(missing_ok=True)
     finally:
         for old in before:
             old.unlink(missing_ok=True)
@@ -274,6 +280,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a safetensors file. Raises CheckpointError where it is none."""
     with opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def read_saved_with(path: Path, wanted: str | None) -> bytes:
+    """A file of a model, of the digest that its weights were saved with.
+
+    Where a save was killed between two of its renames, the weights are still those from before, and so is a copy of
+    the file that was replaced already (see `swap`). Where there is no such copy either, the file as it is.
+    """
+    data = read_file(path)
+    if digest(data) != wanted:
+        for old in path.parent.glob(f".{path.name}.*.old"):
+            if digest(before := read_file(old)) == wanted:
+                return before
+    return data
 
 
 def read_file(path: Path) -> bytes:

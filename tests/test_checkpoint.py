@@ -167,6 +167,28 @@ def test_a_save_interrupted_between_its_renames_leaves_the_old_model_whole(folde
     assert loaded.about == made(seed=0).about
 
 
+def test_a_folder_can_be_loaded_whenever_a_save_is_killed(folder, tmp_path, monkeypatch):
+    rename, moments = os.replace, []
+
+    def watched(*paths):
+        moments.append(tmp_path / f"killed{len(moments)}")
+        shutil.copytree(folder, moments[-1])  # what a kill before this rename would leave
+        rename(*paths)
+
+    monkeypatch.setattr(os, "replace", watched)
+    save_checkpoint(folder, dataclasses.replace(made(seed=1), about={"scores": {"CIDEr": 0.6}}))
+    monkeypatch.undo()
+    assert len(moments) == 3
+    for moment in moments:
+        loaded = load_checkpoint(moment)
+        assert same(loaded, made(seed=0))
+        assert loaded.about == made(seed=0).about
+        assert any(path.suffix == ".old" for path in moment.iterdir())
+        save_checkpoint(moment, made(seed=1))
+        assert same(load_checkpoint(moment), made(seed=1))
+        assert not any(path.suffix == ".old" for path in moment.iterdir())
+
+
 @pytest.mark.parametrize(("value", "half"), [(float("nan"), False), (1e5, True)])
 def test_weights_that_could_not_be_loaded_again_do_not_replace_a_model(folder, value, half):
     spoilt = made(seed=1)

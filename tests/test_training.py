@@ -175,6 +175,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(option
                 assert load_checkpoint(output).about["training"]["output"] == str(output)
         assert main(arguments) == 0
         assert_same_run(output, whole)
+        assert not list(output.glob(".*.safetensors.*"))
 
 
 def modified(path):

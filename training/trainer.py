@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from captioner.attention import EXPECTED, HardAttention
 from captioner.checkpoint import (
+    WEIGHTS,
     Checkpoint,
     CheckpointError,
     load_checkpoint,
@@ -584,6 +585,10 @@ class Trainer:
     def restore(self) -> dict[str, Tensor] | None:
         """Take up the progress of the last saved state; None where there is none, so training starts anew."""
         path = self.output / STATE
+        if self.distributed.is_first:
+            for name in (STATE, WEIGHTS):  # half written when an earlier process was killed
+                for left in self.output.glob(f".{name}.????????"):
+                    left.unlink(missing_ok=True)
         if not path.exists():
             return None
         try:
