@@ -164,7 +164,8 @@ def read_config(values: dict[str, Any]) -> ModelConfig:
             value = list(value) if isinstance(value, list | tuple) else []
             valid = len(value) == 2 and all(type(n) is int and 1 <= n <= MAX_SIZES["grid"] for n in value)
         elif field.type is int:
-            valid = type(value) is int and 0 <= value <= MAX_SIZES.get(field.name, MAX_SIZE)
+            least = 0 if field.name in ("annotation_size", "encoder_self_attention") else 1
+            valid = type(value) is int and least <= value <= MAX_SIZES.get(field.name, MAX_SIZE)
         elif field.type is float:
             valid = isinstance(value, int | float) and math.isfinite(value)
         else:
