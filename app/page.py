@@ -13,7 +13,6 @@ from gradio.processing_utils import save_pil_to_cache
 from app.guard import Page
 from app.service import (
     PHOTO_WIDTH,
-    Answer,
     Refused,
     Request,
     Service,
@@ -92,7 +91,8 @@ def build(
                 asked.append((person, name, (path[person], read_settings(name, *values))))
         views: list[dict[str, Any]] = [{} for _ in path]
         steps: list[dict[str, Any]] = [{} for _ in path]
-        for (person, name, _), one in zip(asked, service.answer([request for *_, request in asked]), strict=True):
+        found = service.answer([request for *_, request in asked], keep_annotations=True)
+        for (person, name, _), one in zip(asked, found, strict=True):
             shown = one if isinstance(one, str) else guarded(partial(show, name, one))
             if isinstance(shown, str):
                 views[person] = {"error": shown}
@@ -101,7 +101,7 @@ def build(
                 steps[person] = steps[person] or shown[1]
         return [views, steps]
 
-    def show(name: str, answer: Answer) -> tuple[dict[str, Any], dict[str, Any]]:
+    def show(name: str, answer: Caption) -> tuple[dict[str, Any], dict[str, Any]]:
         """A caption for the viewer, and its steps."""
         return {"model": name, **view(answer)}, {"steps": service.explain(answer, name)}
 

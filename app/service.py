@@ -23,7 +23,8 @@ from PIL import Image
 from captioner import Caption, Captioner, ImageError
 from captioner.explain import explain
 from captioner.heatmap import shrink, upsample
-from captioner.images import MAX_PIXELS, load_image
+from captioner.images import MAX_PIXELS
+from captioner.options import Options
 
 PHOTO_WIDTH = 720  # pixels of the photograph on the page, which is at most twice as high
 MAP_SIZE = 28  # rows and columns of a map on the page, which the browser makes smooth
@@ -32,17 +33,6 @@ FAILED = "The server failed on this request. The cause is in its log; the other 
 
 log = logging.getLogger("captioner.app")
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer(Caption):
-    """A caption whose photograph is kept in two small sizes, so that a batch of large photographs fits the memory.
-
-    image: as the page shows it.
-    seen: as the model read it.
-    """
-
-    seen: Image.Image = dataclasses.field(kw_only=True, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +53,12 @@ class Settings:
     top_p: float = 0.9
     seed: int = 0
 
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of `Captioner.caption`."""
-        shared = {"alternatives": self.captions - 1, "max_length": self.max_length}
+    def options(self) -> Options:
+        """The options of `Captioner.caption`."""
+        shared: Options = {"alternatives": self.captions - 1, "max_length": self.max_length}
         if self.sampling:
-            return shared | {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        return shared | {"beam_size": max(self.beam_size, self.captions)}
+            return {**shared, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        return {**shared, "beam_size": max(self.beam_size, self.captions)}
 
 
 class Refused(ValueError):
@@ -84,8 +74,6 @@ class Refused(ValueError):
 
 # The path of an uploaded file and how to caption it; either may be known to be bad.
 Request = tuple[str | Refused | None, Settings | Refused]
-# A photograph as the model reads it, and as the page shows it.
-Photo = tuple[Image.Image, Image.Image]
 
 
 def settings_of(model: Any, beam_size: Any, captions: Any, max_length: Any, sampling: Any, *chance: Any) -> Settings:
@@ -177,72 +165,64 @@ class Service:
             raise Refused(f"There is no model {shown(name)}; there are {', '.join(self.models)}.")
         return self.models[name]
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer | str]:
+    def answer(self, requests: Sequence[Request], keep_annotations: bool = False) -> list[Caption | str]:
         """As `caption`, in a thread for the network."""
-        found = self.workers.submit(self.caption, requests).result()
+        found = self.workers.submit(self.caption, requests, keep_annotations).result()
         return_memory()
         return found
 
-    def caption(self, requests: Sequence[Request]) -> list[Answer | str]:
+    def caption(self, requests: Sequence[Request], keep_annotations: bool = False) -> list[Caption | str]:
         """A caption for each file, or a sentence that says why there is none; equal settings go through together.
 
         Whatever goes wrong with one request, the others have their answers.
+
+        Args:
+            requests: the files.
+            keep_annotations: keep what `explain` needs.
         """
-        answers: dict[int, Answer | str] = {}
-        groups: dict[Settings, dict[int, Photo]] = {}
-        for number, (path, settings) in enumerate(requests):
-            photo = guarded(partial(self.prepare, path, settings))
-            if isinstance(photo, str):
-                answers[number] = photo
-            elif isinstance(settings, Settings):
-                groups.setdefault(settings, {})[number] = photo
-        for settings, photos in groups.items():
+        answers: dict[int, Caption | str] = {}
+        groups: dict[Settings, dict[int, str]] = {}
+        for number, request in enumerate(requests):
             try:
-                found: Sequence[Answer | str] = self.run(settings, *photos.values())
+                path, settings = self.check(*request)
+                groups.setdefault(settings, {})[number] = path
+            except Refused as error:
+                answers[number] = str(error)
+        for settings, paths in groups.items():
+            run = partial(self.run, settings, keep_annotations)
+            try:
+                found = run(*paths.values())
             except Exception:
                 # One of them is enough to make all fail, so each is tried alone. What fails again is logged.
-                found = [guarded(partial(self.run_one, settings, photo)) for photo in photos.values()]
-            answers |= dict(zip(photos, found, strict=True))
+                alone = [guarded(partial(run, path)) for path in paths.values()]
+                found = [one if isinstance(one, str) else one[0] for one in alone]
+            answers |= dict(zip(paths, found, strict=True))
         return [answers[number] for number in range(len(requests))]
 
-    def prepare(self, path: str | Refused | None, settings: Settings | Refused) -> Photo:
-        """The photograph of a request as the model reads it, and as the page shows it. Raises Refused."""
+    def check(self, path: str | Refused | None, settings: Settings | Refused) -> tuple[str, Settings]:
+        """The file of a request and its settings. Raises Refused where either cannot be used."""
         if isinstance(path, Refused):
             raise path
         if isinstance(settings, Refused):
             raise settings
-        preprocessing = self.captioner(settings.model).preprocessing
-        photo = self.load(path)
-        seen = preprocessing.resize(photo)
-        if seen is not photo:
-            photo.thumbnail((PHOTO_WIDTH, 2 * PHOTO_WIDTH), Image.Resampling.LANCZOS, reducing_gap=3)
-        return seen, photo
-
-    def run(self, settings: Settings, *photos: Photo) -> list[Answer]:
-        """The captions of photos with the same settings."""
-        captions = self.captioner(settings.model).caption([seen for seen, _ in photos], **settings.options())
-        return [
-            Answer(**vars(caption) | {"image": image}, seen=seen)
-            for caption, (seen, image) in zip(captions, photos, strict=True)
-        ]
-
-    def run_one(self, settings: Settings, photo: Photo) -> Answer:
-        """The caption of one photo."""
-        return self.run(settings, photo)[0]
-
-    def load(self, path: str | None) -> Image.Image:
-        """The photograph in a file. Raises Refused."""
+        self.captioner(settings.model)
         if not path:
             raise Refused("Choose a photo first.")
-        try:
-            return load_image(path, self.max_pixels)
-        except ImageError as error:
-            raise Refused(sentence_for(error)) from error
+        return path, settings
 
-    def explain(self, caption: Answer, model: str) -> list[dict[str, Any]]:
+    def run(self, settings: Settings, keep_annotations: bool, *paths: str) -> list[Caption | str]:
+        """The captions of files with the same settings, or sentences about those that cannot be read."""
+        options: Options = {
+            **settings.options(),
+            "max_pixels": self.max_pixels,
+            "keep_annotations": keep_annotations,
+        }
+        found = self.captioner(settings.model).caption(paths, errors="return", **options)
+        return [sentence_for(result) if isinstance(result, ImageError) else result for result in found]
+
+    def explain(self, caption: Caption, model: str) -> list[dict[str, Any]]:
         """The numbers of every step of a caption; see `captioner.explain`. In a thread for the network."""
-        steps = self.workers.submit(explain, self.captioner(model), caption.seen, caption).result()
-        return [step.to_dict() for step in steps]
+        return [step.to_dict() for step in self.workers.submit(explain, self.captioner(model), caption).result()]
 
 
 def sentence_for(error: ImageError) -> str:

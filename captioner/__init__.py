@@ -7,20 +7,71 @@ print(caption("photo.jpg"))
 import functools
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
+from captioner.options import Options
 from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
     from captioner.api import Caption, Captioner
     from captioner.checkpoint import CheckpointError
-    from captioner.images import ImageError
+    from captioner.images import ImageError, ImageSource
 
 __version__ = "0.1.0"
 __all__ = ["Caption", "Captioner", "CheckpointError", "ImageError", "caption", "list_models"]
 
 
-def caption(images: Any, model: str | os.PathLike[str] | None = None, device: str | None = None, **options: Any) -> Any:
+@overload
+def caption(  # type: ignore[overload-overlap]  # a string is a sequence of strings
+    images: "ImageSource",
+    model: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    *,
+    errors: Literal["raise"] = "raise",
+    **options: Unpack[Options],
+) -> "Caption": ...
+
+
+@overload
+def caption(  # type: ignore[overload-overlap]
+    images: "ImageSource",
+    model: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    *,
+    errors: Literal["return"],
+    **options: Unpack[Options],
+) -> "Caption | ImageError": ...
+
+
+@overload
+def caption(
+    images: "Sequence[ImageSource]",
+    model: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    *,
+    errors: Literal["raise"] = "raise",
+    **options: Unpack[Options],
+) -> "list[Caption]": ...
+
+
+@overload
+def caption(
+    images: "Sequence[ImageSource]",
+    model: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    *,
+    errors: Literal["return"],
+    **options: Unpack[Options],
+) -> "list[Caption | ImageError]": ...
+
+
+def caption(
+    images: "ImageSource | Sequence[ImageSource]",
+    model: str | os.PathLike[str] | None = None,
+    device: str | None = None,
+    **options: Any,
+) -> "Caption | ImageError | list[Caption] | list[Caption | ImageError]":
     """Say what is in one image, or in each image of a list: a `Caption`, or a list of them.
 
     Args:
@@ -40,7 +91,7 @@ def _load(model: str, device: str | None) -> "Captioner":
     return importlib.import_module("captioner.api").Captioner.from_pretrained(model, device)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Torch takes seconds to import: `captioner --help` should not wait for it.
     homes = {"CheckpointError": "checkpoint", "ImageError": "images", "Caption": "api", "Captioner": "api"}
     if name not in homes:

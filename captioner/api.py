@@ -4,9 +4,11 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
@@ -14,14 +16,16 @@ from PIL import Image
 
 from captioner import heatmap
 from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from captioner.images import MAX_PIXELS, ImageSource, load_image, reason
-from captioner.options import check_option
+from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe, load_image, reason
+from captioner.options import Options, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
+from captioner.reading import Photo, read_batches, read_photo
 from captioner.search import (
     BEAM_SIZE,
     BLOCK_NGRAMS,
     LENGTH_PENALTY,
     MAX_LENGTH,
+    Distribution,
     Hypotheses,
     beam_search,
     sample,
@@ -41,12 +45,18 @@ class Caption:
             last is missing where the caption was cut at the maximum length.
         attention: float32 (T, rows, columns), the weights over the image's regions as each word was said; each
             of the T maps sums to 1. The mean over the heads where attention has several.
-        image: the photograph as it was seen: upright, RGB.
+        image: a preview of the photograph for pictures of the attention: upright, RGB, its longer side at most 1,024
+            pixels.
         alternatives: the other captions found, best first.
         head_attention: float32 (T, heads, rows, columns), the maps of each head, of which `attention` is the mean;
             a transformer's heads are those of its first layer, then those of the next. None where there is one.
         displacement: how far up and left of its middle the encoder sees each region from, as a share of the
             image's height and width; pictures of the attention take it into account.
+        source: the path of the photograph; None where it was not given by its path.
+        size: width and height of the whole photograph, upright, in pixels.
+        annotations: float32 (regions, channels), the annotation vectors that the decoder read, for
+            `captioner.explain`; None unless they were asked for.
+        distribution: what the words were chosen from.
     """
 
     words: tuple[str, ...]
@@ -56,6 +66,14 @@ class Caption:
     alternatives: tuple["Caption", ...] = dataclasses.field(default=(), repr=False)
     head_attention: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
     displacement: tuple[float, float] = dataclasses.field(default=(0.0, 0.0), repr=False)
+    source: str | None = dataclasses.field(default=None, repr=False, compare=False)
+    size: tuple[int, int] = dataclasses.field(default=(0, 0), repr=False, compare=False)
+    annotations: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    distribution: Distribution = dataclasses.field(default=Distribution(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.size == (0, 0):
+            object.__setattr__(self, "size", self.image.size)
 
     @property
     def text(self) -> str:
@@ -113,7 +131,14 @@ class Caption:
             raise IndexError(f"there is no head {head}; this model has {self.heads}, counted from 0")
         return self.attention if self.head_attention is None else self.head_attention[:, head]
 
-    def heatmap(self, word: str | int, head: int | None = None, scale: str = "caption", **options: Any) -> Image.Image:
+    def heatmap(
+        self,
+        word: str | int,
+        head: int | None = None,
+        scale: str = "caption",
+        image: ImageSource | None = None,
+        **options: Any,
+    ) -> Image.Image:
         """The photograph with the places lit up that the model looked at as it said `word`.
 
         Args:
@@ -121,16 +146,19 @@ class Caption:
             head: which head's map; None for the mean over the heads.
             scale: what the brightest colour stands for: "caption" for the largest weight of all words, so that pictures
                 of several words can be compared; "word" for the word's own.
+            image: what to draw over in place of the preview: `result.source` for the whole photograph.
             options: see `captioner.heatmap.overlay`.
 
         Raises:
+            ImageError: the image given cannot be read.
             KeyError: the caption has no such word.
             IndexError: there is no such head.
             ValueError: there is no such scale.
         """
         maps, index = self.maps(head), self.index(word)
         top = heatmap.scale_tops(maps, scale)[index]
-        return heatmap.overlay(self.image, maps[index], displacement=self.displacement, largest=top, **options)
+        photo = self.image if image is None else load_image(image)
+        return heatmap.overlay(photo, maps[index], displacement=self.displacement, largest=top, **options)
 
     def figure(self, head: int | None = None, scale: str = "caption", **options: Any) -> Image.Image:
         """The photograph, then each word over its map, in a grid as in the paper's Figure 2, with a legend.
@@ -218,9 +246,76 @@ class Captioner:
         """
         save_checkpoint(folder, Checkpoint(self.model, self.vocabulary, self.preprocessing, self.about), half)
 
+    @overload
+    def caption(  # type: ignore[overload-overlap]  # a string is a sequence of strings
+        self, images: ImageSource, *, errors: Literal["raise"] = "raise", **options: Unpack[Options]
+    ) -> Caption: ...
+
+    @overload
+    def caption(  # type: ignore[overload-overlap]
+        self, images: ImageSource, *, errors: Literal["return"], **options: Unpack[Options]
+    ) -> Caption | ImageError: ...
+
+    @overload
+    def caption(
+        self, images: Sequence[ImageSource], *, errors: Literal["raise"] = "raise", **options: Unpack[Options]
+    ) -> list[Caption]: ...
+
+    @overload
+    def caption(
+        self, images: Sequence[ImageSource], *, errors: Literal["return"], **options: Unpack[Options]
+    ) -> list[Caption | ImageError]: ...
+
     def caption(
         self,
         images: ImageSource | Sequence[ImageSource],
+        *,
+        errors: Literal["raise", "return"] = "raise",
+        **options: Unpack[Options],
+    ) -> Caption | ImageError | list[Caption] | list[Caption | ImageError]:
+        """Say what is in one image or many.
+
+        Args:
+            images: one image, or a list or tuple of them: a path, bytes, an open file, a PIL image, an array
+                (height, width[, channels]), a tensor (channels, height, width).
+            errors: "raise" for the ImageError of the first image that cannot be read, or "return" for a result in
+                which an ImageError stands in the place of each.
+            batch_size: images that go through the network together; 32 by default.
+            beam_size: captions that are followed at a time; 1 is greedy search. 5 by default.
+            alternatives: other captions to return with each; by default all the others of the beam, or none when
+                sampling.
+            max_length: most words in a caption; 22 by default.
+            length_penalty: captions are ranked by log-probability over length to this power; 1 by default.
+            block_ngrams: when above 0, no run of that many words stands twice in a caption; 2 by default.
+            temperature, top_p: when either is given, words are drawn by chance instead of searched for: from the
+                model's distribution sharpened (below 1) or flattened (above 1) by the temperature, and only from
+                the likeliest words that together reach top_p.
+            seed: the same seed draws the same captions.
+            max_pixels: larger images are refused before they are decoded; 100 million by default.
+            keep_annotations: keep the annotation vectors with each caption, for `captioner.explain`.
+
+        Returns:
+            A `Caption` for one image; for a list, a list of them in the same order.
+
+        Raises:
+            ImageError: an image cannot be read; the message names it.
+            ValueError: an option has a value that cannot be used.
+        """
+        if errors not in ("raise", "return"):
+            raise ValueError(f'errors must be "raise" or "return", not {errors!r}')
+        single = not isinstance(images, list | tuple)
+        sources: Any = [images] if single else images
+        found: list[Any] = []
+        with closing(self.stream(sources, **options)) as results:
+            for result in results:
+                if isinstance(result, ImageError) and errors == "raise":
+                    raise result
+                found.append(result)
+        return found[0] if single else found
+
+    def stream(
+        self,
+        sources: Iterable[ImageSource],
         *,
         batch_size: int = 32,
         beam_size: int = BEAM_SIZE,
@@ -231,42 +326,36 @@ class Captioner:
         temperature: float | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        max_pixels: int = MAX_PIXELS,
-    ) -> Any:
-        """Say what is in one image or many.
+        max_pixels: float = MAX_PIXELS,
+        keep_annotations: bool = False,
+    ) -> Generator[Caption | ImageError, None, None]:
+        """Caption any number of images, one after the other, in bounded memory.
+
+        While the network computes the captions of one batch, threads read the next. `sources` is advanced in the
+        caller's thread, at most two batches ahead of the results. Open files, images, arrays and tensors are read
+        as soon as they come: the caller may then close them or write to them.
 
         Args:
-            images: one image, or a list or tuple of them: a path, bytes, an open file, a PIL image, an array
-                (height, width[, channels]), a tensor (channels, height, width).
-            batch_size: images that go through the network together.
-            beam_size: captions that are followed at a time; 1 is greedy search.
-            alternatives: other captions to return with each; by default all the others of the beam, or none when
-                sampling.
-            max_length: most words in a caption.
-            length_penalty: captions are ranked by log-probability over length to this power.
-            block_ngrams: when above 0, no run of that many words stands twice in a caption.
-            temperature, top_p: when either is given, words are drawn by chance instead of searched for: from the
-                model's distribution sharpened (below 1) or flattened (above 1) by the temperature, and only from
-                the likeliest words that together reach top_p.
-            seed: the same seed draws the same captions.
-            max_pixels: larger images are refused before they are decoded.
+            sources: the images, each as in `caption`; any iterable, a generator too.
+            batch_size, ..., keep_annotations: as in `caption`.
 
         Returns:
-            A `Caption` for one image; for a list, a list of them in the same order.
+            An iterator over the results, in order: a `Caption`, or an ImageError in the place of an image that cannot
+            be read. Its `close()` cancels what is not begun.
 
         Raises:
-            ImageError: an image cannot be read; the message names it.
-            ValueError: an option has a value that cannot be used.
+            TypeError: `sources` is one image, or no iterable.
+            ValueError: an option has a value that cannot be used. These two are raised by the call, before anything is
+                read.
+            Exception: whatever `sources` raised, after the results before it.
         """
-        single = not isinstance(images, list | tuple)
-        sources: Sequence[Any] = [images] if single else images  # type: ignore[assignment]
+        if isinstance(sources, str | bytes | os.PathLike | Image.Image) or hasattr(sources, "read"):
+            raise TypeError(f"stream() takes an iterable of images, not {describe(sources)}; caption() takes one image")
         batch_size, beam_size = int(check_option("batch_size", batch_size)), int(check_option("beam_size", beam_size))
-        check_option("max_pixels", max_pixels)
+        max_pixels = check_option("max_pixels", max_pixels)
         length_penalty = check_option("length_penalty", length_penalty)
-        shared: dict[str, Any] = {
-            "max_length": check_option("max_length", max_length),
-            "block_ngrams": check_option("block_ngrams", block_ngrams),
-        }
+        max_length = int(check_option("max_length", max_length))
+        block_ngrams = int(check_option("block_ngrams", block_ngrams))
         chance = {"temperature": temperature, "top_p": top_p, "seed": seed}
         drawn: dict[str, Any] = {name: check_option(name, value) for name, value in chance.items() if value is not None}
         sampling = temperature is not None or top_p is not None
@@ -277,38 +366,54 @@ class Captioner:
         if not sampling and rows > (most := len(self.vocabulary) - len(SPECIAL)):
             option, value = ("beam_size", beam_size) if beam_size == rows else ("alternatives", alternatives)
             raise ValueError(f"{option} {value} is too many: a caption may begin with one of {most} words")
-        batch_size = min(batch_size, max(1, MAX_ROWS // rows))
-        captions = []
-        for first in range(0, len(sources), batch_size):
-            photos = [load_image(source, max_pixels) for source in sources[first : first + batch_size]]
-            with torch.inference_mode():
-                annotations = self.model.annotate(self.preprocessing(photos).to(self.model.device))
-            if sampling:
-                found = sample(
-                    self.model.decoder,
-                    annotations,
-                    samples=rows,
-                    **drawn,
-                    **shared,
-                )
-            else:
-                found = beam_search(
-                    self.model.decoder,
-                    annotations,
-                    beam_size=rows,
-                    length_penalty=length_penalty,
-                    **shared,
-                )
-            captions += self.read(found, photos, alternatives)
-        return captions[0] if single else captions
+        shared: dict[str, Any] = {"max_length": max_length, "block_ngrams": block_ngrams}
+        if sampling:
+            search = partial(sample, self.model.decoder, samples=rows, **drawn, **shared)
+            distribution = Distribution(block_ngrams, drawn.get("temperature", 1.0), drawn.get("top_p", 1.0))
+        else:
+            search = partial(beam_search, self.model.decoder, beam_size=rows, length_penalty=length_penalty, **shared)
+            distribution = Distribution(block_ngrams)
+        batches = read_batches(
+            iter(sources),
+            min(batch_size, max(1, MAX_ROWS // rows)),
+            partial(read_photo, preprocessing=self.preprocessing, max_pixels=max_pixels),
+        )
+        return self.results(batches, search, alternatives, distribution, keep_annotations)
 
-    def teacher_forced(self, image: ImageSource, text: str, max_pixels: int = MAX_PIXELS) -> Caption:
+    def results(
+        self,
+        batches: Generator[list[Photo | ImageError], None, None],
+        search: Callable[[torch.Tensor], Hypotheses],
+        alternatives: int,
+        distribution: Distribution,
+        keep_annotations: bool,
+    ) -> Generator[Caption | ImageError, None, None]:
+        """The captions of batches of photographs, with the ImageErrors among them in their places."""
+        with closing(batches):
+            for batch in batches:
+                photos = [photo for photo in batch if isinstance(photo, Photo)]
+                captions: Iterator[Caption] = iter(())
+                if photos:
+                    annotations = self.annotate(photos)
+                    kept = annotations if keep_annotations else None
+                    captions = iter(self.read(search(annotations), photos, alternatives, distribution, kept))
+                for photo in batch:
+                    yield photo if isinstance(photo, ImageError) else next(captions)
+
+    def annotate(self, photos: Sequence[Photo]) -> torch.Tensor:
+        """The annotation vectors of photographs, (batch, regions, channels)."""
+        with torch.inference_mode():
+            return self.model.annotate(self.preprocessing([photo.pixels for photo in photos]).to(self.model.device))
+
+    def teacher_forced(
+        self, image: ImageSource, text: str, max_pixels: float = MAX_PIXELS, keep_annotations: bool = False
+    ) -> Caption:
         """What the model makes of a caption that somebody else wrote: each word's probability, and where it looks.
 
         Args:
             image: as in `caption`, one.
             text: lower-cased words with a space between each two; "a dog on grass".
-            max_pixels: as in `caption`.
+            max_pixels, keep_annotations: as in `caption`.
 
         Returns:
             A `Caption` with the words given; its log-probabilities say how well they describe the image.
@@ -322,24 +427,34 @@ class Captioner:
             raise ValueError("there is no word to say")
         if unknown := [word for word in words if word not in self.vocabulary.words[len(SPECIAL) :]]:
             raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}")
-        photo = load_image(image, max_pixels)
+        photo = read_photo(image, self.preprocessing, max_pixels)
         ids = torch.tensor([[self.vocabulary.encode(words)]], device=self.model.device)
         with torch.inference_mode():
-            output = self.model(self.preprocessing([photo]).to(self.model.device), ids)
+            annotations = self.annotate([photo])
+            output = self.model.decoder(annotations, ids)
             logits = output.logits.index_fill(1, torch.tensor([PAD, START, UNKNOWN], device=ids.device), float("-inf"))
             logits[0, END] = float("-inf")  # as in search, where no caption is empty
             told = logits.log_softmax(dim=-1).gather(1, output.targets[:, None])
         found = Hypotheses(ids[..., 1:], told.view(1, 1, -1), output.alpha, told.new_zeros(1, 1))
-        return self.read(found, [photo], alternatives=0)[0]
+        return self.read(found, [photo], 0, Distribution(), annotations if keep_annotations else None)[0]
 
-    def read(self, found: Hypotheses, photos: Sequence[Image.Image], alternatives: int) -> list[Caption]:
-        """Turn what a search found into captions."""
+    def read(
+        self,
+        found: Hypotheses,
+        photos: Sequence[Photo],
+        alternatives: int,
+        distribution: Distribution,
+        annotations: torch.Tensor | None,
+    ) -> list[Caption]:
+        """Turn what a search found into captions, each with its annotation vectors where they are given."""
         words, alphas = found.words.cpu().numpy(), found.alpha.float().cpu().numpy()
         log_probabilities = found.log_probabilities.cpu().numpy()
         grid = self.model.config.grid
         pixels = self.model.encoder.displacement
         displacement = (pixels / self.preprocessing.size[0], pixels / self.preprocessing.size[1])
         captions = []
+        # Copied, so that no caption keeps the arrays of its whole batch in memory.
+        kept = None if annotations is None else [array.copy() for array in annotations.float().cpu().numpy()]
         for i, photo in enumerate(photos):
             rows = []
             for j in range(alternatives + 1):
@@ -351,9 +466,13 @@ class Captioner:
                         words=tuple(self.vocabulary.words[index] for index in words[i, j, :spoken]),
                         word_log_probabilities=tuple(log_probabilities[i, j, :said].tolist()),
                         attention=maps.mean(axis=1),
-                        image=photo,
-                        head_attention=maps if self.model.decoder.heads > 1 else None,
+                        image=photo.preview,
+                        head_attention=maps.copy() if self.model.decoder.heads > 1 else None,
                         displacement=displacement,
+                        source=photo.path,
+                        size=photo.size,
+                        annotations=kept[i] if kept else None,
+                        distribution=distribution,
                     )
                 )
             captions.append(dataclasses.replace(rows[0], alternatives=tuple(rows[1:])))

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -16,7 +15,8 @@ from captioner.options import LIMITS, check_option
 from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
-    from captioner.api import Caption, Captioner
+    from captioner.api import Caption
+    from captioner.images import ImageError
 
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .pbm .tga".split())
 
@@ -169,13 +169,18 @@ def run(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         captioner = Captioner.from_pretrained(options.model, options.device)
-        captioner.caption([], **search_options(options))  # what the model cannot do is said before anything is read
+        # What the model cannot do is said here; nothing is read yet.
+        results = captioner.stream(
+            (sys.stdin.buffer if item.path == "-" else item.path for item in inputs if not item.error),
+            max_pixels=options.max_megapixels * 1e6,
+            **search_options(options),
+        )
     except (CheckpointError, ValueError) as error:
         say(f"captioner: {error}")
         return 2
     try:
-        with open_output(options.output) as output:
-            failed = caption_all(captioner, inputs, options, output)
+        with contextlib.closing(results), open_output(options.output) as output:
+            failed = write_all(results, inputs, options, output)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -187,7 +192,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def search_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `Captioner.caption` that were given."""
+    """The options of the search that were given; see `Captioner.caption`."""
     names = ("beam_size", "alternatives", "batch_size", "max_length", "temperature", "top_p", "seed")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
@@ -195,10 +200,12 @@ def search_options(options: argparse.Namespace) -> dict[str, Any]:
 def find_inputs(named: Sequence[str], recursive: bool) -> Iterator[Input]:
     """The images named, and those in the folders named, by their suffix and in the order of their names."""
     for name in named:
-        if name == "-" or not os.path.isdir(name):
-            yield Input(name, "stdin" if name == "-" else os.path.basename(name))
-            continue
-        yield from find_in_folder(Path(name), recursive)
+        if name == "-":
+            yield Input(name, "stdin", "" if sys.stdin else "standard input is closed")
+        elif os.path.isdir(name):
+            yield from find_in_folder(Path(name), recursive)
+        else:
+            yield Input(name, os.path.basename(name))
 
 
 def find_in_folder(folder: Path, recursive: bool) -> Iterator[Input]:
@@ -215,64 +222,33 @@ def find_in_folder(folder: Path, recursive: bool) -> Iterator[Input]:
         yield Input(error.filename, "", f"{error.filename} cannot be listed: {error.strerror}")
 
 
-def caption_all(captioner: "Captioner", inputs: Sequence[Input], options: argparse.Namespace, output: TextIO) -> int:
-    """Caption every input, write a line for each as soon as it is known. Returns how many failed."""
-    search = search_options(options)
-    alone = len(options.images) == 1 and not os.path.isdir(options.images[0])
-    failed = done = 0
-    taken: set[Path] = set()
-    for batch in loaded(captioner, inputs, options):
-        photos = [image for _, image in batch if not isinstance(image, Exception)]
-        captions = iter(captioner.caption(photos, **search))
-        for item, image in batch:
-            caption, error = (None, str(image)) if isinstance(image, Exception) else (next(captions), "")
-            if caption and caption.confidence < options.min_confidence:
-                error = f"{item.path}: confidence {caption.confidence:.2f} is below {options.min_confidence:g}"
-                caption = None
-            elif caption and caption.words and options.heatmaps:
-                error = save_heatmap(caption, Path(options.heatmaps), item.name, taken, options.heatmap_scale)
-            if error:
-                failed += 1
-                say(f"captioner: {error}")
-            output.write(line(item.path, caption, error, options.format, alone))
-            output.flush()
-            done += 1
-            if sys.stderr.isatty() and len(inputs) > 1:
-                print(f"\r{done}/{len(inputs)}", end="\n" if done == len(inputs) else "", file=sys.stderr, flush=True)
-    return failed
+def write_all(
+    results: Iterator["Caption | ImageError"], inputs: Sequence[Input], options: argparse.Namespace, output: TextIO
+) -> int:
+    """Write a line for every input as soon as its result is known. Returns how many failed.
 
-
-def loaded(
-    captioner: "Captioner", inputs: Sequence[Input], options: argparse.Namespace
-) -> Iterator[list[tuple[Input, Any]]]:
-    """Batches of inputs, each with its image or the ImageError that reading it gave.
-
-    While the network works on one batch, threads read the next. Where no heatmap is wanted an image is at once
-    resized to what the model reads, so that two batches of large photographs do not fill the memory.
+    Args:
+        results: of the inputs without an error.
     """
-    from captioner.images import ImageError, load_image
-
-    def load(item: Input) -> Any:
-        try:
-            if item.error or (item.path == "-" and sys.stdin is None):
-                raise ImageError(item.error or "standard input is closed")
-            source = sys.stdin.buffer if item.path == "-" else item.path
-            image = load_image(source, options.max_megapixels * 1e6)
-        except ImageError as error:
-            return error
-        return image if options.heatmaps else captioner.preprocessing.resize(image)
-
-    batches = [inputs[first : first + options.batch_size] for first in range(0, len(inputs), options.batch_size)]
-    with ThreadPoolExecutor() as threads:
-        try:
-            ahead = [threads.submit(load, item) for item in batches[0]]
-            for number, batch in enumerate(batches):
-                current = ahead
-                following = batches[number + 1] if number + 1 < len(batches) else []
-                ahead = [threads.submit(load, item) for item in following]
-                yield [(item, future.result()) for item, future in zip(batch, current, strict=True)]
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+    alone = len(options.images) == 1 and not os.path.isdir(options.images[0])
+    failed = 0
+    taken: set[Path] = set()
+    for done, item in enumerate(inputs, 1):
+        result = item.error or next(results)
+        caption, error = (None, str(result)) if isinstance(result, str | Exception) else (result, "")
+        if caption and caption.confidence < options.min_confidence:
+            error = f"{item.path}: confidence {caption.confidence:.2f} is below {options.min_confidence:g}"
+            caption = None
+        elif caption and caption.words and options.heatmaps:
+            error = save_heatmap(caption, Path(options.heatmaps), item.name, taken, options.heatmap_scale)
+        if error:
+            failed += 1
+            say(f"captioner: {error}")
+        output.write(line(item.path, caption, error, options.format, alone))
+        output.flush()
+        if sys.stderr.isatty() and len(inputs) > 1:
+            print(f"\r{done}/{len(inputs)}", end="\n" if done == len(inputs) else "", file=sys.stderr, flush=True)
+    return failed
 
 
 def line(path: str, caption: "Caption | None", error: str, style: str, alone: bool) -> str:

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 
 from captioner.api import Caption, Captioner
-from captioner.images import ImageSource, load_image
-from captioner.search import allowed
 from captioner.vocabulary import START
 
 
@@ -60,26 +58,30 @@ def normalised_entropy(weights: np.ndarray) -> float:
 
 
 @torch.inference_mode()
-def explain(captioner: Captioner, image: ImageSource, caption: Caption, candidates: int = 8) -> list[Explanation]:
-    """The numbers of each step as the model says the words of a caption.
+def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list[Explanation]:
+    """The numbers of each step as the model said the words of a caption.
 
     Args:
-        captioner: the model.
-        image: the photograph.
-        caption: the words to be said, usually the model's own.
-        candidates: how many of the likeliest words are named at each step.
+        captioner: the model that said it.
+        caption: made with `keep_annotations=True`, by `Captioner.caption` or `Captioner.teacher_forced`.
+        candidates: how many of the likeliest words are named at each step, by the probabilities that the search
+            chose from: without the words that it ruled out.
 
     Returns:
-        One for each word and one for the end of the sentence.
+        One for each word and one for the end of the sentence, unless the caption was cut before it.
 
     Raises:
-        ImageError: the image cannot be read.
+        ValueError: the caption has no annotation vectors.
     """
+    if caption.annotations is None:
+        raise ValueError(f"the caption {str(caption)!r} has no annotation vectors; make it with keep_annotations=True")
     model, words = captioner.model, captioner.vocabulary.words
     decoder: Any = model.decoder  # whichever it is, it has the same methods
     grid = model.config.grid
-    said = [*captioner.vocabulary.encode(caption.words)[1:]]
-    scene = decoder.look(model.annotate(captioner.preprocessing([load_image(image)]).to(model.device)))
+    # The end has a probability only where the model said it.
+    said = captioner.vocabulary.encode(caption.words)[1 : len(caption.word_log_probabilities) + 1]
+    annotations = torch.tensor(caption.annotations[None], dtype=next(model.parameters()).dtype, device=model.device)
+    scene = decoder.look(annotations)
     state = decoder.initial_state(scene, rows=1)
     scored = model.config.decoder == "lstm" and model.config.attention in ("additive", "dot", "scaled_dot")
     before = torch.empty(1, 1, 0, dtype=torch.long, device=model.device)
@@ -90,8 +92,8 @@ def explain(captioner: Captioner, image: ImageSource, caption: Caption, candidat
         step = decoder.step(scene, state, last)
         heads = step.alpha[0, 0].cpu().numpy()
         weights = heads.mean(axis=0)
-        probabilities = allowed(step.logits, before, 0).softmax(dim=-1)[0, 0]
-        best = probabilities.topk(min(candidates, len(words)))
+        probabilities = caption.distribution.log_probabilities(step.logits, before).exp()[0, 0]
+        best = probabilities.topk(min(candidates, int((probabilities > 0).sum())))
         steps.append(
             Explanation(
                 words[index],

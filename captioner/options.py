@@ -1,7 +1,23 @@
 """The values that the options of captioning may have. Nothing heavy is imported here, for the command line's sake."""
 
 import operator
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
+
+
+class Options(TypedDict, total=False):
+    """The options of `captioner.Captioner.caption`, which describes them."""
+
+    batch_size: int
+    beam_size: int
+    alternatives: int | None
+    max_length: int
+    length_penalty: float
+    block_ngrams: int
+    temperature: float | None
+    top_p: float | None
+    seed: int | None
+    max_pixels: float
+    keep_annotations: bool
 
 
 class Limits(NamedTuple):

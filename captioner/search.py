@@ -70,6 +70,32 @@ class Hypotheses(NamedTuple):
         )
 
 
+class Distribution(NamedTuple):
+    """How the scores of the next word become the probabilities that it is chosen by.
+
+    block_ngrams: when above 0, no run of that many words stands twice in a caption.
+    temperature: divides the logits.
+    top_p: only the likeliest words that together reach this probability are left.
+    """
+
+    block_ngrams: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def log_probabilities(self, logits: Tensor, words: Tensor) -> Tensor:
+        """Of the next word, (images, rows, vocabulary).
+
+        Args:
+            logits: (images, rows, vocabulary).
+            words: (images, rows, steps), ids of the words before it.
+        """
+        logits = allowed(logits, words, self.block_ngrams)
+        if self.temperature != 1:
+            # With the largest at zero, no temperature is so low that the division overflows.
+            logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-30)
+        return nucleus(logits.log_softmax(dim=-1), self.top_p)
+
+
 def gather_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """tensor (images, rows, ...) -> the rows named for each image by `rows` (images, new rows)."""
     images = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
@@ -109,6 +135,7 @@ def beam_search(
         ValueError: beam_size or max_length below 1, or more beams than words.
     """
     check_lengths(beam_size, "beam_size", max_length)
+    distribution = Distribution(block_ngrams)
     scene, state, found = start(decoder, annotations, mask, beam_size)
     said = torch.full(found.scores.shape, START, device=annotations.device)
     # All beams are equal at first: only the first may grow, or they would all stay alike.
@@ -117,7 +144,7 @@ def beam_search(
 
     for _ in range(max_length):
         step = decoder.step(scene, state, said)
-        log_probabilities = allowed(step.logits, found.words, block_ngrams).log_softmax(dim=-1)
+        log_probabilities = distribution.log_probabilities(step.logits, found.words)
         ended = (said == END) | (said == PAD)
         log_probabilities = only_padding_after_the_end(log_probabilities, ended)
         totals = total[..., None] + log_probabilities
@@ -181,6 +208,7 @@ def sample(
         )
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    distribution = Distribution(block_ngrams, temperature, top_p)
     scene, state, found = start(decoder, annotations, mask, samples)
     said = torch.full(found.scores.shape, START, device=annotations.device)
     if seed is None:
@@ -193,10 +221,7 @@ def sample(
 
     for t in range(max_length):
         step = decoder.step(scene, state, said)
-        logits = allowed(step.logits, found.words, block_ngrams)
-        # With the largest at zero, no temperature is so low that the division overflows.
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
-        log_probabilities = nucleus(logits.log_softmax(dim=-1), top_p)
+        log_probabilities = distribution.log_probabilities(step.logits, found.words)
         ended = (said == END) | (said == PAD)
         log_probabilities = only_padding_after_the_end(log_probabilities, ended)
         said = draw(log_probabilities, chances[..., t])

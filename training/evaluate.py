@@ -107,15 +107,17 @@ def evaluate(
     captions: dict[str, Caption] = {}
     unreadable: list[str] = []
     started = time.perf_counter()
-    for first in tqdm(range(0, len(items), batch_size), f"beam {beam_size}", disable=not sys.stderr.isatty()):
-        paths = [item.path for item in items[first : first + batch_size]]
-        try:
-            found = captioner.caption(paths, beam_size=beam_size, batch_size=batch_size, alternatives=0, **options)
-        except ImageError:
-            paths, found = one_by_one(captioner, paths, unreadable, beam_size=beam_size, alternatives=0, **options)
-        for path, caption in zip(paths, found, strict=True):
-            # The photographs of a whole split, as large as they are, would not fit in the memory.
-            captions[str(path)] = dataclasses.replace(caption, image=shrink(caption.image, TILE))
+    found = captioner.stream(
+        (item.path for item in items), beam_size=beam_size, batch_size=batch_size, alternatives=0, **options
+    )
+    progress = tqdm(found, f"beam {beam_size}", len(items), disable=not sys.stderr.isatty())
+    for item, result in zip(items, progress, strict=True):
+        if isinstance(result, ImageError):
+            log.warning("skipped: %s", result)
+            unreadable.append(str(result))
+        else:
+            # There are thousands, and the report shows no more of a photograph than this.
+            captions[str(item.path)] = dataclasses.replace(result, image=shrink(result.image, TILE))
     seconds = time.perf_counter() - started
     if not captions:
         raise ValueError(f"none of the {len(items)} images could be read")
@@ -128,21 +130,6 @@ def evaluate(
         [caption.confidence for caption in captions.values()], [scores.per_image[path]["CIDEr"] for path in captions]
     )
     return Evaluation(beam_size, captions, scores, figures, own, len(captions) / seconds, unreadable)
-
-
-def one_by_one(
-    captioner: Captioner, paths: Sequence[Path], unreadable: list[str], **options: Any
-) -> tuple[list[Path], list[Caption]]:
-    """The captions of those images that can be read; the others are added to `unreadable`."""
-    good, found = [], []
-    for path in paths:
-        try:
-            found.append(captioner.caption(path, **options))
-            good.append(path)
-        except ImageError as error:
-            log.warning("skipped: %s", error)
-            unreadable.append(str(error))
-    return good, found
 
 
 def all_together(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:

@@ -10,7 +10,7 @@ import logging
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,16 +89,19 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
     chance = random.Random(seed)
     halves = [chance.choice(kinds) for _ in range(pairs)]
     chosen = [[chance.choice(by_thing[thing]).path for thing in both] for both in halves]
-    shown, pictures = [], []
-    for both, paths in zip(halves, chosen, strict=True):
-        try:
-            left, right = map(load_image, paths)
-        except ImageError as error:
-            log.warning("skipped: %s", error)
-            continue
-        shown.append(both)
-        pictures.append(side_by_side(left, right))
-    captions = captioner.caption(pictures, alternatives=0)
+    shown: list[tuple[str, str]] = []
+
+    def pictures() -> Iterator[Image.Image]:
+        for both, paths in zip(halves, chosen, strict=True):
+            try:
+                left, right = map(load_image, paths)
+            except ImageError as error:
+                log.warning("skipped: %s", error)
+            else:
+                shown.append(both)
+                yield side_by_side(left, right)
+
+    captions = [result for result in captioner.stream(pictures(), alternatives=0) if isinstance(result, Caption)]
     shares = []
     for (left_thing, right_thing), caption in zip(shown, captions, strict=True):
         for word, weights in zip(caption.words, caption.attention, strict=True):

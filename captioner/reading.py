@@ -1,0 +1,111 @@
+"""Photographs read ahead: in threads, in order, and never more than two batches of them."""
+
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from PIL import Image
+
+from captioner.images import ImageError, ImageSource, Preprocessing, load_image
+
+PREVIEW = 1024  # pixels of the longer side of what is kept of a photograph
+# Each thread holds one whole photograph at a time. One more than there are processors: some wait for the disk.
+THREADS = min(8, (os.cpu_count() or 1) + 1)
+
+
+class Photo(NamedTuple):
+    """What is kept of one photograph.
+
+    pixels: RGB, of the size that the model reads.
+    preview: upright, RGB, with a longer side of at most `PREVIEW` pixels.
+    size: width and height of the whole photograph.
+    path: where it is; None where it was not given by its path.
+    """
+
+    pixels: Image.Image
+    preview: Image.Image
+    size: tuple[int, int]
+    path: str | None
+
+
+def read_photo(source: ImageSource, preprocessing: Preprocessing, max_pixels: float) -> Photo:
+    """Read a photograph; see `captioner.images.load_image`.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    image = load_image(source, max_pixels)
+    pixels = preprocessing.resize(image)
+    path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
+    # An image of the right size already may be the caller's own, who may draw on it.
+    return Photo(pixels.copy() if pixels is image else pixels, make_preview(image), image.size, path)
+
+
+def make_preview(image: Image.Image) -> Image.Image:
+    """A copy whose longer side has at most `PREVIEW` pixels, without metadata but its colour profile."""
+    scale = PREVIEW / max(image.size)
+    if scale < 1:
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        preview = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
+    else:
+        preview = image.copy()
+    preview.info = {key: value for key, value in image.info.items() if key == "icc_profile"}
+    return preview
+
+
+def read_batches(
+    sources: Iterator[ImageSource], batch_size: int, read: Callable[[ImageSource], Photo]
+) -> Generator[list[Photo | ImageError], None, None]:
+    """Read batches of photographs; while the caller works on one, threads read the next.
+
+    `sources` is advanced in the caller's thread. Paths and bytes are read in threads. What the caller may close or
+    write to once `sources` has moved on (open files, images, arrays) is read at once.
+
+    Args:
+        sources: the photographs.
+        batch_size: photographs in a batch; the last may have fewer.
+        read: reads one of them.
+
+    Returns:
+        Batches in order, with an ImageError in the place of what could not be read. Closing the iterator cancels
+        what is not begun and waits for what is.
+
+    Raises:
+        Exception: what `sources` raised, after the photographs before it.
+    """
+    ended = False
+    failure: Exception | None = None
+
+    def read_or_error(source: ImageSource) -> Photo | ImageError:
+        try:
+            return read(source)
+        except ImageError as error:
+            return ImageError(str(error))  # the traceback of the other would keep the file in memory
+
+    def begin() -> list[Photo | ImageError | Future[Photo | ImageError]]:
+        nonlocal ended, failure
+        begun: list[Photo | ImageError | Future[Photo | ImageError]] = []
+        if ended:
+            return begun
+        try:
+            for source in itertools.islice(sources, batch_size):
+                later = isinstance(source, str | os.PathLike | bytes)
+                begun.append(threads.submit(read_or_error, source) if later else read_or_error(source))
+        except Exception as error:
+            failure = error
+        ended = len(begun) < batch_size
+        return begun
+
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="captioner-reader")
+    try:
+        batch = begin()
+        while batch:
+            following = begin()
+            yield [one.result() if isinstance(one, Future) else one for one in batch]
+            batch = following
+        if failure is not None:
+            raise failure
+    finally:
+        threads.shutdown(cancel_futures=True)
