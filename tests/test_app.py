@@ -25,7 +25,6 @@ import pytest
 from conftest import PHOTOS, run_app, small_model
 from PIL import Image
 
-from app import service as app_service
 from app.__main__ import by_display_name, main, parse
 from app.benchmark import (
     Case,
@@ -40,9 +39,10 @@ from app.benchmark import (
     upload,
     wait_for,
 )
+from app.page import build
 from app.server import STOPPED
 from app.service import FAILED, PHOTO_WIDTH, Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
-from captioner import Caption, Captioner, list_models
+from captioner import Caption, Captioner, list_models, reading
 from captioner.checkpoint import Checkpoint
 from captioner.explain import explain, normalised_entropy
 
@@ -113,7 +113,7 @@ def test_one_bad_file_does_not_stop_the_others(default, bad_files):
 
 def test_what_goes_wrong_with_one_photo_does_not_lose_the_others(small, monkeypatch, caplog, tmp_path):
     """The second photo fails as it is read, the third as it goes through the network."""
-    real_load, real_caption = app_service.load_image, Captioner.caption
+    real_load, real_annotate = reading.load_image, Captioner.annotate
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     paths = [str(PATHS[0]), str(PATHS[1]), str(tmp_path / "red.png"), str(PATHS[2])]
     expected = [str(caption) for caption in small.caption(paths)]
@@ -123,13 +123,13 @@ def test_what_goes_wrong_with_one_photo_does_not_lose_the_others(small, monkeypa
             raise PermissionError(path)
         return real_load(path, max_pixels)
 
-    def caption(self, images, **options):
-        if any(image.getextrema() == ((255, 255), (0, 0), (0, 0)) for image in images):
+    def annotate(self, photos):
+        if any(photo.pixels.getextrema() == ((255, 255), (0, 0), (0, 0)) for photo in photos):
             raise RuntimeError("no memory")
-        return real_caption(self, images, **options)
+        return real_annotate(self, photos)
 
-    monkeypatch.setattr(app_service, "load_image", load)
-    monkeypatch.setattr(Captioner, "caption", caption)
+    monkeypatch.setattr(reading, "load_image", load)
+    monkeypatch.setattr(Captioner, "annotate", annotate)
     answers = Service({"small": small}).caption([(path, Settings(captions=1)) for path in paths])
     assert [str(answer) for answer in answers] == [expected[0], FAILED, FAILED, expected[3]]
     assert "PermissionError" in caplog.text
@@ -162,14 +162,28 @@ def test_large_photos_are_kept_small_and_captioned_as_the_library_does(small, tm
     path = tmp_path / "large.png"
     Image.open(PATHS[0]).resize((3000, 2100)).save(path)
     service = Service({"small": small})
-    (answer,) = service.caption([(str(path), Settings(beam_size=3))])
-    expected = small.caption(path, beam_size=3)
+    (answer,) = service.caption([(str(path), Settings(beam_size=3))], keep_annotations=True)
+    expected = small.caption(path, beam_size=3, keep_annotations=True)
     assert answer.words == expected.words
     assert np.array_equal(answer.attention, expected.attention)
-    assert answer.image.size == (PHOTO_WIDTH, round(2100 * PHOTO_WIDTH / 3000))
-    assert answer.seen.size == (64, 64)
-    assert service.explain(answer, "small") == [step.to_dict() for step in explain(small, path, expected)]
-    assert all(one.image.width <= PHOTO_WIDTH for one in answer.alternatives)
+    assert {one.image.size for one in (answer, *answer.alternatives)} == {(1024, 717)}
+    assert (view(answer)["width"], view(answer)["height"]) == (PHOTO_WIDTH, round(2100 * PHOTO_WIDTH / 3000))
+    assert service.explain(answer, "small") == [step.to_dict() for step in explain(small, expected)]
+
+
+def test_a_photo_goes_through_the_encoder_once_for_its_caption_and_its_steps(small):
+    """Three people ask the page for captions, which come with the numbers of every step."""
+    encoded = []
+    hook = small.model.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
+    functions = [one.fn for one in build(Service({"small": small})).fns.values()]
+    (caption_page,) = [one for one in functions if getattr(one, "__name__", "") == "caption_page"]
+    paths = [str(path) for path in PATHS[:3]]
+    views, steps = caption_page(paths, [["small"]] * 3, *([value] * 3 for value in DEFAULTS))
+    hook.remove()
+    assert sum(encoded) == 3
+    for shown, numbers in zip(views, steps, strict=True):
+        words = [word["word"] for word in shown["results"][0]["captions"][0]["words"]]
+        assert [step["word"] for step in numbers["steps"]][: len(words)] == words
 
 
 @pytest.mark.parametrize(
@@ -209,22 +223,51 @@ def test_the_view_has_a_map_for_every_word_of_every_caption(default):
     assert peaks == pytest.approx([weights.max() / weights.mean() for weights in caption.attention], rel=1e-4)
 
 
-def test_the_numbers_of_each_step_are_those_that_made_the_caption(default):
-    caption = default.caption(PATHS[2], block_ngrams=0)
-    steps = explain(default, caption.image, caption)
+@pytest.mark.parametrize(
+    "options", [{}, {"block_ngrams": 1}, {"block_ngrams": 0}, {"temperature": 0.7, "top_p": 0.8, "seed": 1}]
+)
+def test_the_numbers_of_each_step_are_those_that_made_the_caption(default, options):
+    caption = default.caption(PATHS[2], keep_annotations=True, **options)
+    steps = explain(default, caption)
     assert [step.word for step in steps] == [*caption.words, "<end>"]
-    for step, weights, told in zip(steps, caption.attention, caption.word_log_probabilities, strict=False):
+    said = []
+    for step, told in zip(steps, caption.word_log_probabilities, strict=True):
+        probabilities = dict(step.candidates)
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+        assert all(probability > 0 for probability in probabilities.values())
+        if step.word in probabilities:
+            assert np.log(probabilities[step.word]) == pytest.approx(told, abs=1e-4)
+        if options.get("block_ngrams") == 1:
+            assert probabilities.keys().isdisjoint(said)
+        said.append(step.word)
+    for step, weights in zip(steps, caption.attention, strict=False):
         assert np.allclose(step.weights, weights, atol=1e-5)
         (entropy,) = step.entropies
         assert entropy == pytest.approx(-(weights * np.log(weights)).sum() / np.log(weights.size), abs=1e-4)
         softmax = np.exp(step.scores - step.scores.max())
         assert np.allclose(softmax / softmax.sum(), weights, atol=1e-5)
         assert 0 < step.beta < 1
-        probabilities = dict(step.candidates)
-        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
-        if step.word in probabilities:
-            assert np.log(probabilities[step.word]) == pytest.approx(told, abs=1e-4)
     assert json.dumps([step.to_dict() for step in steps])
+
+
+def test_a_caption_that_was_cut_has_no_step_for_its_end(default):
+    caption = default.caption(PATHS[2], max_length=3, keep_annotations=True)
+    assert len(caption.words) == 3
+    assert [step.word for step in explain(default, caption)] == list(caption.words)
+
+
+def test_alternatives_and_captions_of_others_are_explained_too(default):
+    caption = default.caption(PATHS[0], beam_size=3, keep_annotations=True)
+    for one in caption.alternatives:
+        assert [step.word for step in explain(default, one)] == [*one.words, "<end>"]
+    forced = default.teacher_forced(PATHS[0], "a dog on a dog on a dog", keep_annotations=True)
+    for step, weights in zip(explain(default, forced), forced.attention, strict=False):
+        assert np.allclose(step.weights, weights, atol=1e-5)
+
+
+def test_a_caption_without_annotation_vectors_cannot_be_explained(small):
+    with pytest.raises(ValueError, match="keep_annotations=True"):
+        explain(small, small.caption(PATHS[0]))
 
 
 def test_the_entropy_of_a_map_is_a_share_of_an_even_maps():
@@ -238,8 +281,8 @@ def test_the_entropy_of_a_map_is_a_share_of_an_even_maps():
 def test_each_head_has_an_entropy_and_their_mean_is_the_most_even(small, options):
     network = small_model(len(small.vocabulary), **options, annotation_size=12, hidden_size=12, attention_size=12)
     heads = Captioner(Checkpoint(network, small.vocabulary, small.preprocessing))
-    caption = heads.caption(PATHS[0], max_length=3)
-    for step in explain(heads, caption.image, caption):
+    caption = heads.caption(PATHS[0], max_length=3, keep_annotations=True)
+    for step in explain(heads, caption):
         mean, *each = step.entropies
         assert len(each) == caption.heads
         assert mean >= np.mean(each) - 1e-6

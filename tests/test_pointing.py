@@ -41,16 +41,14 @@ class Pointer:
     def __init__(self, right_place: bool) -> None:
         self.right_place = right_place
 
-    def caption(self, pictures, alternatives):
-        captions = []
+    def stream(self, pictures, alternatives):
         for picture in pictures:
             dog_at_left = picture.getpixel((5, 5))[0] > 128
             maps = np.zeros((3, 4, 4), np.float32)
             maps[0] = 1 / 16
             for place, at_left in ((1, dog_at_left), (2, not dog_at_left)):
                 maps[place, :, 0 if at_left == self.right_place else 3] = 0.25
-            captions.append(Caption(("the", "dog", "man"), (0.0,) * 4, maps, picture))
-        return captions
+            yield Caption(("the", "dog", "man"), (0.0,) * 4, maps, picture)
 
 
 @pytest.fixture
@@ -118,9 +116,9 @@ def test_photographs_of_one_thing_alone_are_refused(items):
 
 def test_captions_that_name_neither_thing_are_refused(items):
     silent = Pointer(True)
-    silent.caption = lambda pictures, alternatives: [
+    silent.stream = lambda pictures, alternatives: (
         Caption(("hm",), (0.0, 0.0), np.full((1, 2, 2), 0.25, np.float32), picture) for picture in pictures
-    ]
+    )
     with pytest.raises(ValueError, match="none of 3 captions"):
         pointing.check_pointing(silent, items, pairs=3)
 

@@ -126,7 +126,7 @@ def test_dev_images_are_captioned_in_training_as_users_caption_them(whole, root,
     scores = quick_scores([caption.words for caption in found], references)
     assert scores["CIDEr"] == pytest.approx(captioner.about["dev"]["CIDEr"])
     assert scores["BLEU-4"] == pytest.approx(captioner.about["dev"]["BLEU-4"])
-    assert TrainConfig().monitor_beam == inspect.signature(Captioner.caption).parameters["beam_size"].default
+    assert TrainConfig().monitor_beam == inspect.signature(Captioner.stream).parameters["beam_size"].default
 
 
 def test_drawn_pictures_are_learnt_by_heart(options, tmp_path, root):
