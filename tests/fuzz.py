@@ -3,7 +3,8 @@
     python tests/fuzz.py --cases 5000 --seed 1
 
 Every case goes through `load_image`, which has to give an image or one ImageError soon and within little memory. The
-first case that breaks this is written to a file and ends the run with its traceback. `cases` and `bombs` are for
+first case that breaks this is written to a file and ends the run with its traceback. Then all go through
+`Captioner.stream`, which has to give a caption or the same error in the place of each. `cases` and `bombs` are for
 other tests.
 """
 
@@ -22,12 +23,13 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from captioner import Captioner
 from captioner.images import FORMATS, ImageError, load_image
 
 MAX_PIXELS = 2**20
@@ -392,6 +394,12 @@ def outcome(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
     return "image"
 
 
+def outcomes(captioner: Captioner, files: Iterable[bytes]) -> Iterator[str]:
+    """What `Captioner.stream` makes of files: "image" for a caption, or the ImageError's sentence."""
+    for result in captioner.stream(files, max_pixels=MAX_PIXELS, batch_size=16, beam_size=1, max_length=2):
+        yield str(result) if isinstance(result, ImageError) else "image"
+
+
 def peak_memory(reset: bool = False) -> float:
     """The most memory this process has had, in MB; on Linux, since it was last reset."""
     if sys.platform == "linux":
@@ -409,8 +417,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     outcome(next(iter(pictures().values())))
-    before, slowest, results = peak_memory(reset=True), (0.0, ""), collections.Counter()
-    for name, data in itertools.chain(cases(options.cases, options.seed), bombs()):
+    before, slowest, results = peak_memory(reset=True), (0.0, ""), []
+    every = lambda: itertools.chain(cases(options.cases, options.seed), bombs())  # noqa: E731
+    for name, data in every():
         faulthandler.dump_traceback_later(60, exit=True)  # a hang inside a codec cannot be interrupted otherwise
         path = Path(tempfile.gettempdir()) / f"fuzz-{name}"
         path.write_bytes(data)
@@ -418,13 +427,18 @@ def main() -> None:
         said = outcome(data)
         took = time.process_time() - began
         assert one_sentence(said), said
-        results["image" if said == "image" else "error"] += 1
+        results.append(said)
         assert took < SECONDS, f"{path} took {took:.1f} s"
         slowest = max(slowest, (took, name))
         path.unlink()
     faulthandler.cancel_dump_traceback_later()
-    print(f"{sum(results.values())} files: {results['image']} images, {results['error']} errors, nothing else")
+    images = results.count("image")
+    print(f"{len(results)} files: {images} images, {len(results) - images} errors, nothing else")
     print(f"slowest: {slowest[1]}, {slowest[0]:.2f} s; peak memory grew by {peak_memory() - before:.0f} MB")
+    streamed = outcomes(Captioner.from_pretrained(), (data for _, data in every()))
+    for (name, _), alone, among_others in zip(every(), results, streamed, strict=True):
+        assert among_others == alone, f"{name}: {among_others}"
+    print("the same in a stream")
 
 
 if __name__ == "__main__":
