@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from captioner import reading
 from captioner.api import Captioner
 from captioner.checkpoint import Checkpoint
 from captioner.images import Preprocessing
@@ -47,8 +48,17 @@ def test_a_tutorial_implementation_that_disagrees_is_not_timed(small, monkeypatc
 def test_the_command_prints_its_figures_and_writes_them(small, tmp_path, capsys):
     small.save_pretrained(tmp_path / "model")
     output = tmp_path / "figures.json"
-    assert (
-        benchmark.main(["--model", str(tmp_path / "model"), "--images", "2", "--repeats", "1", "--output", str(output)])
-        == 0
-    )
-    assert len(json.loads(output.read_text())) == len(capsys.readouterr().out.strip().splitlines())
+    few = ["--images", "2", "--repeats", "1", "--photographs", "1"]
+    assert benchmark.main(["--model", str(tmp_path / "model"), *few, "--output", str(output)]) == 0
+    figures = json.loads(output.read_text())
+    assert len(figures) == len(capsys.readouterr().out.strip().splitlines())
+    assert figures["rate of a stream of files / of pictures in memory"] > 0
+
+
+def test_a_stream_of_large_photographs_is_measured_with_its_memory(small, monkeypatch):
+    """Ten whole photographs would have 240 MB; two threads have one each, and every caption a preview of 1.5."""
+    monkeypatch.setattr(reading, "THREADS", 2)
+    figures = benchmark.stream_benchmark(small, photographs=10, size=(4000, 2000), repeats=1)
+    assert 0 <= figures.pop("MB: a stream of 10 photographs of 8 megapixels", 0.0) < 200
+    assert len(figures) == 2
+    assert all(figure > 0 for figure in figures.values())

@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from fuzz import BOMBS, MAX_PIXELS, SECONDS, cases, one_sentence, outcome, peak_memory, pictures
+from fuzz import BOMBS, MAX_PIXELS, SECONDS, cases, one_sentence, outcome, outcomes, peak_memory, pictures
 
 from app.service import Service, Settings
 from captioner.cli import SUFFIXES, main
@@ -32,6 +32,14 @@ def test_files_made_to_be_expensive_are_not(name):
     assert one_sentence(outcome(data)), name
     assert time.process_time() - began < SECONDS
     assert peak_memory() - before < 300
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_every_file_has_the_same_outcome_in_a_stream_as_alone(small):
+    files = [data for _, data in cases(200, seed=3)]
+    found = list(outcomes(small, iter(files)))
+    assert found == [outcome(data) for data in files]
+    assert 20 < found.count("image") < 180
 
 
 def test_the_command_says_something_of_every_file(small_folder, tmp_path, capfd):

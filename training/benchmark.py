@@ -4,18 +4,24 @@ Captioning is told over the encoder's own forward pass, the least any captioner 
 and search are told over the usual tutorial implementation of the same model: every caption comes with its own copy
 of the image, the keys are computed again at every step, the beams of one image are followed at a time. It is written
 out here, runs on the same weights, and is checked to give the same numbers before it is timed.
+
+A stream of photographs in files is told over one of pictures that are in memory, in the size that the model reads: what
+is left to win by reading faster.
 """
 
 import argparse
 import json
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from captioner.api import Captioner
@@ -191,6 +197,59 @@ def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: in
     }
 
 
+def stream_benchmark(
+    captioner: Captioner, photographs: int = 16, size: tuple[int, int] = (4000, 3000), repeats: int = 3
+) -> dict[str, float]:
+    """Measure `Captioner.stream` on large photographs.
+
+    Args:
+        captioner: the model.
+        photographs: how many JPEG files are written for it; their captions are all kept.
+        size: width and height of each.
+        repeats: times each thing is done; the median counts.
+
+    Returns:
+        What was measured, by name. The memory is what the process had at most beyond what it had before, after one
+        stream that is not counted; it is given on Linux only.
+    """
+    noise = np.random.default_rng(0)
+    rows, columns = captioner.preprocessing.size
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{number}.jpg") for number in range(photographs)]
+        pictures = []
+        for path in paths:
+            # Noise at the scale of a hundredth of the picture: about as hard to decode as a photograph.
+            coarse = Image.fromarray(noise.integers(0, 256, (75, 100, 3), dtype=np.uint8))
+            coarse.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+            pictures.append(coarse.resize((columns, rows)))
+        in_memory = seconds(lambda: list(captioner.stream(pictures, batch_size=8)), repeats)
+        on_disk = seconds(lambda: list(captioner.stream(paths, batch_size=8)), repeats)
+        peak = peak_memory(lambda: list(captioner.stream(paths, batch_size=8)))
+    figures = {
+        "rate of a stream of files / of pictures in memory": in_memory / on_disk,
+        "photographs a second: a stream of files": photographs / on_disk,
+    }
+    if peak is not None:
+        figures[f"MB: a stream of {photographs} photographs of {size[0] * size[1] / 1e6:g} megapixels"] = peak
+    return figures
+
+
+def peak_memory(action: Callable[[], object]) -> float | None:
+    """By how many MB the process grew at most during a call; None where the system does not tell."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+
+    def most() -> float:
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+
+    reset.write_text("5")  # sets the highest so far to the present
+    before = most()
+    action()
+    return most() - before
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=str(__doc__))
@@ -198,11 +257,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="where to measure")
     parser.add_argument("--images", type=int, default=32, help="images in a batch")
     parser.add_argument("--repeats", type=int, default=5, help="the median of so many runs counts")
+    parser.add_argument("--photographs", type=int, default=16, help="files of 12 megapixels in a stream; 0 for none")
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures there")
     options = parser.parse_args(arguments)
     try:
         captioner = Captioner.from_pretrained(options.model, options.device)
         figures = benchmark(captioner, options.images, repeats=options.repeats)
+        if options.photographs:
+            figures |= stream_benchmark(captioner, options.photographs, repeats=options.repeats)
     except (CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
