@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-DEFAULT_MODEL = "small"
+DEFAULT_MODEL = "base"
 PRETRAINED = Path(__file__).parent
 
 
