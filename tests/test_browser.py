@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian
 
 @pytest.fixture(scope="module")
 def default() -> Captioner:
-    return Captioner.from_pretrained()
+    return Captioner.from_pretrained("small")  # the faster one
 
 
 @pytest.fixture(scope="module")
