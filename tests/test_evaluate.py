@@ -15,7 +15,7 @@ from captioner.images import Preprocessing
 from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training import evaluate
-from training.datasets import read_dataset
+from training.data.datasets import read_dataset
 from training.metrics import NO_JAVA
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]

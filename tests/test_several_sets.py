@@ -11,7 +11,8 @@ from test_training import assert_same_run, losses
 
 from captioner import Captioner
 from captioner.decoder import TeacherForced
-from training.batches import EpochBatches, FeatureSource
+from training.data.batches import EpochBatches
+from training.data.images import FeatureSource
 from training.losses import caption_loss
 from training.train import main
 

@@ -31,12 +31,13 @@ from captioner.encoder import Encoder
 from captioner.images import Preprocessing
 from captioner.search import gather_rows
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
-from training import features, trainer
-from training.batches import ImageSource, MapSource
+from training import trainer
 from training.config import TrainConfig
-from training.datasets import read_dataset
+from training.data import features
+from training.data.datasets import read_dataset
+from training.data.features import cached_maps, features_key
+from training.data.images import ImageSource, MapSource
 from training.distributed import Distributed
-from training.features import cached_maps, features_key
 from training.losses import word_log_probabilities
 from training.metrics import quick_scores
 from training.train import main

@@ -26,14 +26,16 @@ from captioner.api import Captioner
 from captioner.checkpoint import CheckpointError, replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
-from training.config import TrainConfig, parse_arguments
-from training.datasets import CaptionedImage, DatasetError
-from training.distributed import Distributed, distributed
-from training.evaluate import evaluate
-from training.metrics import NEED_JAVA, mean_of_each
-from training.sources import read_sources
-from training.train import train
-from training.trainer import Interrupted, TrainingError
+
+from . import COMMAND
+from .config import TrainConfig, parse_arguments
+from .data.items import CaptionedImage, DatasetError
+from .data.sources import read_sources
+from .distributed import Distributed, distributed
+from .evaluate import evaluate
+from .metrics import NEED_JAVA, mean_of_each
+from .train import train
+from .trainer import Interrupted, TrainingError
 
 log = logging.getLogger("training")
 
@@ -55,8 +57,8 @@ RESULT = "result.json"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.compare",
-        description="Train every kind of attention under one budget and compare them. Further flags: training.train.",
+        prog=f"{COMMAND}.compare",
+        description="Train every kind of attention under one budget and compare them. Further flags: those of `train`.",
         allow_abbrev=False,
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="default: all")

@@ -21,22 +21,15 @@ from captioner.cli import positive
 from captioner.heatmap import shrink
 from captioner.images import ImageError
 from captioner.pretrained import DEFAULT_MODEL
-from training.config import add_data_flag
-from training.datasets import SPLITS, CaptionedImage, DatasetError
-from training.metrics import (
-    METRICS,
-    Calibration,
-    Scores,
-    attention_entropy,
-    calibration,
-    diversity,
-    mean_of_each,
-    score,
-)
-from training.pointing import all_maps, check_pointing
-from training.report import TILE, write_report
-from training.sources import read_sources, read_split
-from training.words import tokenize
+
+from . import COMMAND
+from .config import add_data_flag
+from .data.items import SPLITS, CaptionedImage, DatasetError
+from .data.sources import read_sources, read_split
+from .metrics import METRICS, Calibration, Scores, attention_entropy, calibration, diversity, mean_of_each, score
+from .pointing import all_maps, check_pointing
+from .report import TILE, write_report
+from .words import tokenize
 
 log = logging.getLogger("training")
 
@@ -58,7 +51,7 @@ class Evaluation:
     """What a model said of a split of one data set with one beam size, and what that is worth.
 
     captions: image's path -> its caption; the photograph in it is as small as the report shows it.
-    figures: what overlap with references does not tell; see `training.metrics.diversity` and `attention_entropy`.
+    figures: what overlap with references does not tell; see `metrics.diversity` and `attention_entropy`.
     calibration: how the captions' own CIDEr goes with the model's confidence.
     unreadable: a message for each image that was passed over.
     """
@@ -200,7 +193,7 @@ def cell(name: str, value: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
+        prog=f"{COMMAND}.evaluate",
         description="Caption a split of one or several data sets and score the captions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 
-from training.words import tokenize
+from .words import tokenize
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
 METRICS = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE")

@@ -22,11 +22,13 @@ from captioner.cli import positive
 from captioner.heatmap import upsample
 from captioner.images import ImageError, load_image
 from captioner.pretrained import DEFAULT_MODEL
-from training.config import add_data_flag
-from training.datasets import SPLITS, CaptionedImage, DatasetError
-from training.metrics import attention_entropy
-from training.sources import read_sources, read_split
-from training.words import tokenize
+
+from . import COMMAND
+from .config import add_data_flag
+from .data.items import SPLITS, CaptionedImage, DatasetError
+from .data.sources import read_sources, read_split
+from .metrics import attention_entropy
+from .words import tokenize
 
 log = logging.getLogger("training")
 
@@ -151,7 +153,7 @@ def left_share(weights: np.ndarray, displacement: tuple[float, float]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.pointing",
+        prog=f"{COMMAND}.pointing",
         description="Set pairs of photographs side by side and see on which of them the attention to a word falls.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

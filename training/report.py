@@ -12,11 +12,12 @@ from PIL import Image
 from captioner.api import Caption
 from captioner.checkpoint import replacing
 from captioner.heatmap import shrink
-from training.datasets import CaptionedImage
+
+from .data.items import CaptionedImage
 
 if TYPE_CHECKING:
-    from training.evaluate import Evaluation
-    from training.metrics import Calibration
+    from .evaluate import Evaluation
+    from .metrics import Calibration
 
 TILE = 160  # pixels, the width of a photograph in the report
 STYLE = """

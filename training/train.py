@@ -20,14 +20,16 @@ from captioner.encoder import normalisation
 from captioner.images import Preprocessing
 from captioner.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
-from training.batches import BlankSource, FeatureSource, ImageSource, MapSource, Source, encode_captions
-from training.config import TrainConfig, data_weights, parse_arguments
-from training.datasets import CaptionedImage, DatasetError
-from training.distributed import Distributed, distributed
-from training.features import cached_maps, readable
-from training.sources import read_sources
-from training.trainer import Interrupted, Stage, Trainer, TrainingError
-from training.words import tokenize
+
+from .config import TrainConfig, data_weights, parse_arguments
+from .data.batches import encode_captions
+from .data.features import cached_maps, readable
+from .data.images import BlankSource, FeatureSource, ImageSource, MapSource, Source
+from .data.items import CaptionedImage, DatasetError
+from .data.sources import read_sources
+from .distributed import Distributed, distributed
+from .trainer import Interrupted, Stage, Trainer, TrainingError
+from .words import tokenize
 
 log = logging.getLogger("training")
 

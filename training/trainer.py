@@ -33,17 +33,27 @@ from captioner.images import Preprocessing
 from captioner.model import ShowAttendTell
 from captioner.search import BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH, beam_search, gather_rows, sample
 from captioner.vocabulary import END, PAD, SPECIAL, START, Vocabulary
-from training.batches import Batch, EpochBatches, ImageSource, Source, encode_captions
-from training.composed import Composed, add_composed, compose, composed_loss, content_words, split_composed
-from training.config import TrainConfig, data_weights
-from training.datasets import CaptionedImage
-from training.distributed import Distributed
-from training.history import History
-from training.losses import caption_loss, hard_attention_loss, self_critical_loss, word_log_probabilities
-from training.metrics import quick_scores
-from training.rewards import CiderD, advantages
-from training.sources import parse_source
-from training.words import tokenize
+
+from .config import TrainConfig, data_weights
+from .data.batches import Batch, EpochBatches, encode_captions
+from .data.composed import Composed, add_composed, compose
+from .data.images import ImageSource, Source
+from .data.items import CaptionedImage
+from .data.sources import parse_source
+from .distributed import Distributed
+from .history import History
+from .losses import (
+    caption_loss,
+    composed_loss,
+    content_words,
+    hard_attention_loss,
+    self_critical_loss,
+    split_composed,
+    word_log_probabilities,
+)
+from .metrics import quick_scores
+from .rewards import CiderD, advantages
+from .words import tokenize
 
 log = logging.getLogger("training")
 
