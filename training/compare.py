@@ -34,8 +34,9 @@ from .data.sources import read_sources
 from .distributed import Distributed, distributed
 from .evaluate import evaluate
 from .metrics import NEED_JAVA, mean_of_each
+from .state import TrainingError
 from .train import train
-from .trainer import Interrupted, TrainingError
+from .trainer import Interrupted
 
 log = logging.getLogger("training")
 
