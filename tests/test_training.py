@@ -38,7 +38,7 @@ from training.data.features import cached_maps, features_key
 from training.data.images import ImageSource, MapSource
 from training.distributed import Distributed
 from training.losses import word_log_probabilities
-from training.metrics import quick_scores
+from training.scorers import quick_scores
 from training.train import main
 from training.words import tokenize
 

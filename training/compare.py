@@ -32,8 +32,9 @@ from .config import TrainConfig, parse_arguments
 from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
 from .distributed import Distributed, distributed
-from .evaluate import evaluate
-from .metrics import NEED_JAVA, mean_of_each
+from .evaluation import evaluate
+from .metrics import mean_of_each
+from .scorers import NEED_JAVA
 from .state import TrainingError
 from .train import train
 from .trainer import Interrupted

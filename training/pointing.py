@@ -27,7 +27,7 @@ from . import COMMAND
 from .config import add_data_flag
 from .data.items import SPLITS, CaptionedImage, DatasetError
 from .data.sources import read_sources, read_split
-from .metrics import attention_entropy
+from .metrics import all_maps, attention_entropy
 from .words import tokenize
 
 log = logging.getLogger("training")
@@ -116,11 +116,6 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
         raise ValueError(f"none of {len(captions)} captions named what is in the picture")
     hits = float(np.mean([share > 0.5 for share in shares]))
     return Pointing(len(shares), float(np.mean(shares)), hits, attention_entropy(all_maps(captions))[1])
-
-
-def all_maps(captions: Sequence[Caption]) -> list[np.ndarray]:
-    """The maps of each caption, (T, rows, columns), or (T, heads, rows, columns) where there are several heads."""
-    return [caption.attention if caption.head_attention is None else caption.head_attention for caption in captions]
 
 
 def only_thing(captions: Sequence[str]) -> str | None:

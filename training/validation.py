@@ -12,7 +12,8 @@ from captioner.vocabulary import Vocabulary
 from .data.images import Source
 from .data.items import CaptionedImage
 from .distributed import Distributed
-from .metrics import mean_of_each, quick_scores
+from .metrics import mean_of_each
+from .scorers import quick_scores
 from .words import tokenize
 
 BATCH_SIZE = 32
