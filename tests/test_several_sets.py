@@ -10,7 +10,7 @@ import torch
 from test_training import assert_same_run, losses
 
 from captioner import Captioner
-from captioner.decoder import TeacherForced
+from captioner.network.decoder import TeacherForced
 from training.data.batches import EpochBatches
 from training.data.images import FeatureSource
 from training.losses import caption_loss

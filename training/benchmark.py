@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from captioner.api import Captioner
 from captioner.checkpoint import CheckpointError
-from captioner.decoder import AttentionLSTM, State
-from captioner.model import ShowAttendTell
+from captioner.network.decoder import AttentionLSTM, State
+from captioner.network.model import ShowAttendTell
 from captioner.pretrained import DEFAULT_MODEL
 from captioner.search import allowed, beam_search
 from captioner.vocabulary import END, PAD, START
 
-from . import COMMAND
+from . import command
 from .losses import caption_loss
 
 
@@ -254,7 +254,7 @@ def peak_memory(action: Callable[[], object]) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog=f"{COMMAND}.benchmark", description=str(__doc__))
+    parser = argparse.ArgumentParser(prog=command("benchmark"), description=str(__doc__))
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
     parser.add_argument("--device", default="cpu", help="where to measure")
     parser.add_argument("--images", type=int, default=32, help="images in a batch")

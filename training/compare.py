@@ -23,11 +23,12 @@ import numpy as np
 from PIL import Image
 
 from captioner.api import Captioner
-from captioner.checkpoint import CheckpointError, replacing
+from captioner.checkpoint import CheckpointError
+from captioner.files import replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
 
-from . import COMMAND
+from . import command
 from .config import TrainConfig, parse_arguments
 from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
@@ -59,7 +60,7 @@ RESULT = "result.json"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
     parser = argparse.ArgumentParser(
-        prog=f"{COMMAND}.compare",
+        prog=command("compare"),
         description="Train every kind of attention under one budget and compare them. Further flags: those of `train`.",
         allow_abbrev=False,
     )

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captioner.attention import MECHANISMS
-from captioner.model import DECODERS
+from captioner.network.attention import MECHANISMS
+from captioner.network.model import DECODERS
 from captioner.search import BEAM_SIZE, MAX_LENGTH
 
-from . import COMMAND
+from . import command
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -128,9 +128,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
     Exits with status 2 and a message where a flag, a key of the file or a value is not known.
     """
     parser = argparse.ArgumentParser(
-        prog=f"{COMMAND}.train",
+        prog=command("train"),
         description="Train a captioner.",
-        epilog=f"Example: {COMMAND}.train --data flickr8k=data/flickr8k --output runs/flickr8k",
+        epilog=f"Example: {command('train')} --data flickr8k=data/flickr8k --output runs/flickr8k",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE.toml", help="options from a TOML file")

@@ -11,11 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from captioner.api import Captioner
-from captioner.checkpoint import CheckpointError, replacing
+from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
+from captioner.files import replacing
 from captioner.pretrained import DEFAULT_MODEL
 
-from . import COMMAND
+from . import command
 from .config import add_data_flag
 from .data.items import SPLITS, DatasetError
 from .data.sources import read_sources, read_split
@@ -30,7 +31,7 @@ log = logging.getLogger("training")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        prog=f"{COMMAND}.evaluate",
+        prog=command("evaluate"),
         description="Caption a split of one or several data sets and score the captions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -10,7 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from captioner.api import Caption, Captioner
+from captioner.api import Captioner
+from captioner.captions import Caption
 from captioner.heatmap import shrink
 from captioner.images import ImageError
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from captioner.decoder import TeacherForced
+from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import PAD, SPECIAL, START, UNKNOWN
 
 from .data.composed import ROWS
@@ -44,13 +44,13 @@ def caption_loss(
         doubly_stochastic: lambda.
         weights: (images,), how often each image's captions count; None for once.
     """
-    weights = output.alpha.new_ones(output.real.shape[0]) if weights is None else weights
+    weights = output.alpha.new_ones(output.mask.shape[0]) if weights is None else weights
     cross_entropy = nn.functional.cross_entropy(
         output.logits, output.targets, label_smoothing=label_smoothing, reduction="none"
     )
-    cross_entropy = (cross_entropy * weights[:, None, None].expand(output.real.shape)[output.real]).sum()
+    cross_entropy = (cross_entropy * weights[:, None, None].expand(output.mask.shape)[output.mask]).sum()
     looked_at = output.alpha.sum(dim=2).mean(dim=2)  # over the words, then over the heads: (images, rows, regions)
-    said = output.real.any(dim=2) * weights[:, None]  # rows that are only padding have no caption
+    said = output.mask.any(dim=2) * weights[:, None]  # rows that are only padding have no caption
     uneven = ((1 - looked_at).square().sum(dim=-1) * said).sum()
     return cross_entropy / max(words, 1) + doubly_stochastic * uneven / max(captions, 1)
 
@@ -66,7 +66,7 @@ def word_log_probabilities(output: TeacherForced, excluded: tuple[int, ...] = ()
     if excluded:
         logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), float("-inf"))
     log_probabilities = -nn.functional.cross_entropy(logits, output.targets, reduction="none")
-    return log_probabilities.new_zeros(output.real.shape).masked_scatter(output.real, log_probabilities)
+    return log_probabilities.new_zeros(output.mask.shape).masked_scatter(output.mask, log_probabilities)
 
 
 def hard_attention_loss(
@@ -91,10 +91,10 @@ def hard_attention_loss(
             drowns that of the words unless it is made smaller.
         entropy: lambda_e.
     """
-    assert output.choice is not None, "only hard attention draws regions"
-    surprise = (told.detach() - (baseline or 0.0)) * output.real
+    assert output.choice_log_probability is not None, "only hard attention draws regions"
+    surprise = (told.detach() - (baseline or 0.0)) * output.mask
     to_come = surprise.flip(2).cumsum(dim=2).flip(2) if baseline is not None else torch.zeros_like(surprise)
-    chosen = (to_come * output.choice).sum()
+    chosen = (to_come * output.choice_log_probability).sum()
     spread = -torch.special.xlogy(output.alpha, output.alpha.clamp(min=1e-30)).sum()
     return -(reinforce * chosen + entropy * spread) / max(words, 1)
 
@@ -111,8 +111,8 @@ def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) 
         captions: captions in the whole batch, over all processes.
     """
     log_probabilities = word_log_probabilities(output, excluded=(PAD, START, UNKNOWN)).sum(dim=2)
-    if output.choice is not None:
-        log_probabilities = log_probabilities + output.choice.sum(dim=2)
+    if output.choice_log_probability is not None:
+        log_probabilities = log_probabilities + output.choice_log_probability.sum(dim=2)
     return -(advantage * log_probabilities).sum() / max(captions, 1)
 
 
@@ -123,15 +123,15 @@ def content_words(words: Sequence[str]) -> Tensor:
 
 def split_composed(output: TeacherForced, count: int, rows: int) -> tuple[TeacherForced, TeacherForced]:
     """What the model gave for the first `count` images, of `rows` captions each, and for the pictures behind them."""
-    words = int(output.real[:count].sum())
+    words = int(output.mask[:count].sum())
     parts = ((slice(words), slice(count), rows), (slice(words, None), slice(count, None), 2 * ROWS))
     batch, behind = (
         TeacherForced(
             output.logits[of_words],
             output.targets[of_words],
             output.alpha[images, :kept],
-            output.real[images, :kept],
-            None if output.choice is None else output.choice[images, :kept],
+            output.mask[images, :kept],
+            None if output.choice_log_probability is None else output.choice_log_probability[images, :kept],
         )
         for of_words, images, kept in parts
     )
@@ -155,10 +155,10 @@ def composed_loss(output: TeacherForced, own: Tensor, content: Tensor, pointing:
         content: (vocabulary,), from `content_words`.
         pointing: weight of the second term.
     """
-    named = torch.zeros_like(output.real).masked_scatter(output.real, content[output.targets])
+    named = torch.zeros_like(output.mask).masked_scatter(output.mask, content[output.targets])
     share = torch.einsum("prtk,prk->prt", output.alpha.mean(dim=3), own.to(output.alpha))
     chosen = chosen_rows(share.detach(), named)[..., None]
-    likelihood = (word_log_probabilities(output) * chosen).sum() / (output.real & chosen).sum().clamp(min=1)
+    likelihood = (word_log_probabilities(output) * chosen).sum() / (output.mask & chosen).sum().clamp(min=1)
     named = named & chosen
     there = (share.clamp(min=1e-6).log() * named).sum() / named.sum().clamp(min=1)
     return -likelihood - pointing * there

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from captioner.api import Caption
+from captioner.captions import Caption
 
 
 def diversity(captions: Sequence[Sequence[str]], known: Collection[tuple[str, ...]] | None = None) -> dict[str, float]:

@@ -5,8 +5,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from captioner.decoder import TeacherForced
-from captioner.model import ShowAttendTell
+from captioner.network.decoder import TeacherForced
+from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import END, SPECIAL, Vocabulary
 
 from .config import TrainConfig
@@ -150,7 +150,7 @@ class Imitation(Objective):
             self.config.doubly_stochastic,
             batch.image_weights.to(device),
         )
-        if output.choice is None:
+        if output.choice_log_probability is None:
             return loss, loss.new_zeros(())
         hard, log_probability = self.hard_attention(output, batch)
         return loss + hard, log_probability
@@ -194,5 +194,5 @@ def replace_words(captions: Tensor, output: TeacherForced, share: float) -> Tens
     replaced = (torch.rand(sampled.shape, device=sampled.device) < share) & (output.targets != END)
     words = torch.where(replaced, sampled, output.targets)
     inputs = captions.clone()
-    inputs[..., 1:] = captions[..., 1:].masked_scatter(output.real, words)
+    inputs[..., 1:] = captions[..., 1:].masked_scatter(output.mask, words)
     return inputs

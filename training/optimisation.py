@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from captioner.model import ShowAttendTell
+from captioner.network.model import ShowAttendTell
 
 from .config import TrainConfig
 from .stages import Stage

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from captioner.api import Caption, Captioner
+from captioner.api import Captioner
+from captioner.captions import Caption
 from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
 from captioner.heatmap import upsample
 from captioner.images import ImageError, load_image
 from captioner.pretrained import DEFAULT_MODEL
 
-from . import COMMAND
+from . import command
 from .config import add_data_flag
 from .data.items import SPLITS, CaptionedImage, DatasetError
 from .data.sources import read_sources, read_split
@@ -148,7 +149,7 @@ def left_share(weights: np.ndarray, displacement: tuple[float, float]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        prog=f"{COMMAND}.pointing",
+        prog=command("pointing"),
         description="Set pairs of photographs side by side and see on which of them the attention to a word falls.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

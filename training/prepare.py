@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import COMMAND
+from . import command
 from .data.download import PrepareError, say
 from .data.items import CaptionDataset, DatasetError
 from .data.prepare import RECIPES, Recipe, prepare
@@ -22,7 +22,7 @@ def main(
 ) -> int:
     """The command. Returns 0 if the data set is ready, 1 if not, 130 if interrupted."""
     parser = argparse.ArgumentParser(
-        prog=f"{COMMAND}.prepare",
+        prog=command("prepare"),
         description="Download, verify and unpack a captioning data set. Run again to continue what was interrupted.",
         epilog="coco has the photographs of 2014 in Karpathy's splits, on which scores are published; coco2014 and "
         "coco2017 have COCO's own train and val. Train with --data coco for all three.",

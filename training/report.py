@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from captioner.api import Caption
-from captioner.checkpoint import replacing
+from captioner.captions import Caption
+from captioner.files import replacing
 from captioner.heatmap import shrink
 
 from .data.items import CaptionedImage

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captioner.attention import EXPECTED, HardAttention
+from captioner.network.attention import EXPECTED, HardAttention
 from captioner.search import beam_search, gather_rows, sample
 from captioner.vocabulary import PAD, START
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captioner.images import Preprocessing
-from captioner.model import ShowAttendTell
+from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import Vocabulary
 
 from .config import TrainConfig

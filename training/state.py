@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captioner.checkpoint import WEIGHTS, CheckpointError, load_tensors, replacing, save_tensors
+from captioner.checkpoint import WEIGHTS, CheckpointError, load_tensors, save_tensors
+from captioner.files import replacing
 
 from .config import TrainConfig
 from .data.sources import parse_source

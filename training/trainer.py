@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioner.images import Preprocessing
-from captioner.model import ShowAttendTell
+from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import END, Vocabulary
 
 from .config import TrainConfig, data_weights

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from captioner.model import ShowAttendTell
+from captioner.network.model import ShowAttendTell
 from captioner.search import BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH, beam_search
 from captioner.vocabulary import Vocabulary
 

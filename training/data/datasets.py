@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from .. import COMMAND
+from .. import command
 from .items import SPLITS, CaptionDataset, CaptionedImage, DatasetError
 from .layouts import DATASETS, Contents, Layout, Row
 
@@ -36,7 +36,7 @@ def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
         )
     root = Path(root)
     if not root.is_dir():
-        raise DatasetError(f"{root} is not a folder; {COMMAND}.prepare {name} --root {root} makes it")
+        raise DatasetError(f"{root} is not a folder; {command('prepare')} {name} --root {root} makes it")
     problems: list[str] = []
     try:
         layout = _find_layout(name, root)
@@ -58,7 +58,7 @@ def _find_layout(name: str, root: Path) -> Layout:
     looked_for = "; ".join(f"{layout.title} ({' or '.join(layout.markers)})" for layout in DATASETS[name])
     raise DatasetError(
         f"{root} holds no {name} in a known layout. Looked for {looked_for}. "
-        f"{COMMAND}.prepare {name} --root {root} downloads it, or says where to ask for it"
+        f"{command('prepare')} {name} --root {root} downloads it, or says where to ask for it"
     )
 
 
