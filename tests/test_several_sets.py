@@ -144,5 +144,5 @@ def test_words_and_captions_of_a_batch_are_counted_by_the_weights_of_their_sets(
     captions = [[[1, 5, 2]], [[1, 5, 6, 2], [1, 5, 2]]]
     features = FeatureSource(np.zeros((2, 1, 1), np.float16))
     batch = EpochBatches(features, captions, 2, 0, 0, weights=[1.0, 3.0])[0]
-    assert (batch.words, batch.whole) == (2 + 3 * 5, 1 + 3 * 2)
+    assert (batch.word_count, batch.caption_count) == (2 + 3 * 5, 1 + 3 * 2)
     assert sorted(batch.image_weights.tolist()) == [1, 3]

@@ -9,17 +9,11 @@ from captioner.network.decoder import TeacherForced
 from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import END, SPECIAL, Vocabulary
 
+from .composed_loss import composed_loss, content_words, split_composed
 from .config import TrainConfig
 from .data.batches import Batch
 from .data.composed import Composed, add_composed, compose
-from .losses import (
-    caption_loss,
-    composed_loss,
-    content_words,
-    hard_attention_loss,
-    split_composed,
-    word_log_probabilities,
-)
+from .losses import caption_loss, hard_attention_loss, word_log_probabilities
 from .stages import Stage
 from .state import Progress
 
@@ -84,7 +78,7 @@ class Objective:
             return output, output.logits.new_zeros(())
         own, behind = split_composed(output, len(batch.indices), rows)
         loss = composed_loss(behind, composed.own, self.content, self.config.pointing)
-        return own, self.config.composed * len(batch.indices) / batch.size * loss
+        return own, self.config.composed * len(batch.indices) / batch.image_count * loss
 
     def features(self, images: Tensor) -> Tensor:
         """The encoder's output, for a decoder that reads it twice; images that are features already are returned."""
@@ -144,8 +138,8 @@ class Imitation(Objective):
         output, loss_on_composed = self.split(output, batch, batch.captions.shape[1], composed)
         loss = loss_on_composed + caption_loss(
             output,
-            batch.words,
-            batch.whole,
+            batch.word_count,
+            batch.caption_count,
             self.config.label_smoothing,
             self.config.doubly_stochastic,
             batch.image_weights.to(device),
@@ -166,7 +160,7 @@ class Imitation(Objective):
         loss = hard_attention_loss(
             output,
             log_probabilities,
-            batch.words,
+            batch.word_count,
             self.progress.baseline,
             self.config.hard_reinforce,
             self.config.hard_entropy,
@@ -175,7 +169,7 @@ class Imitation(Objective):
 
     def record(self, batch: Batch, statistic: float) -> None:
         """Update the moving average of a word's log-probability."""
-        mean, baseline = statistic / max(batch.words, 1), self.progress.baseline
+        mean, baseline = statistic / max(batch.word_count, 1), self.progress.baseline
         self.progress.baseline = mean if baseline is None else 0.9 * baseline + 0.1 * mean
 
 
