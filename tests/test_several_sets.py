@@ -77,7 +77,7 @@ def test_self_critical_training_counts_documents_in_the_training_captions_of_all
     assert main([*options, *stages, "--output", str(tmp_path / "run")]) == 0
     (reward,) = made
     # Seven images of circles and squares and four of triangles, one caption or more each; dev images do not count.
-    assert reward.most == pytest.approx(math.log(7 + 4))
+    assert reward.log_documents == pytest.approx(math.log(7 + 4))
     assert (reward.documents["circle",] + reward.documents["square",], reward.documents["triangle",]) == (7, 4)
     assert reward.documents["a", "red"] == 2 + 1  # pictures 0 and 6 of the one set, picture 0 of the other
 

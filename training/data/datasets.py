@@ -1,7 +1,7 @@
 """Flickr8k, Flickr30k and COCO as images with their captions, read from whichever layout is on the disk.
 
-Nothing is downloaded here (see `prepare`), and no image is opened: it is enough that the file exists. Entries that cannot
-be used are skipped and listed in `CaptionDataset.problems`, one line each, "file:line: reason".
+Nothing is downloaded here (see `prepare`), and no image is opened: it is enough that the file exists. Entries that
+cannot be used are skipped and listed in `CaptionDataset.problems`, one line each, "file:line: reason".
 """
 
 import os
@@ -63,7 +63,7 @@ def _find_layout(name: str, root: Path) -> Layout:
 
 
 class _ImageFinder:
-    """Finds images in folders. Each folder is listed once, because a look-up for each image is slow on network disks."""
+    """Finds images in folders. Each folder is listed once: a look-up for each image is slow on network disks."""
 
     def __init__(self, root: Path, folders: Sequence[str]) -> None:
         possible = [root / folder for folder in folders]
