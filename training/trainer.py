@@ -140,7 +140,7 @@ class Trainer:
                 raise Interrupted
 
     def step(self, batch: Batch) -> tuple[float, bool]:
-        """One step of gradient descent. Returns the loss of the whole batch, and whether a process was asked to stop."""
+        """One step of gradient descent. Returns the loss of the whole batch, and whether a process is to stop."""
         progress, distributed = self.progress, self.distributed
         # All random numbers of a step depend on its number alone: resuming needs no generator's state.
         torch.manual_seed(hash((self.config.seed, progress.stage, progress.step, distributed.rank)) % 2**63)
