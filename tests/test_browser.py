@@ -41,7 +41,7 @@ def default() -> Captioner:
 @pytest.fixture(scope="module")
 def url(default):
     """The page with the default model and one of several heads."""
-    network = small_model(len(default.vocabulary), attention="multi_head", heads=2)
+    network = small_model(len(default.vocabulary), attention="multi_head", attention_options={"heads": 2})
     network.encoder.load_state_dict(default.model.encoder.state_dict())
     with torch.no_grad():
         for part in network.decoder.attention.parameters():

@@ -1,7 +1,6 @@
 """The models in the package: their names, what is said about them, what they can do, and how they are shipped."""
 
 import email
-import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,8 @@ import pytest
 from conftest import PHOTOS
 
 from captioner import Captioner, list_models, pretrained
-from captioner.checkpoint import WEIGHTS
+from captioner.checkpoint import Checkpoint
+from captioner.modelfile import MODEL_FILE
 from captioner.pretrained import DEFAULT_MODEL, PRETRAINED
 
 ROOT = Path(__file__).parents[1]
@@ -43,15 +43,13 @@ def test_every_folder_with_weights_is_a_model(small, tmp_path, monkeypatch):
 
 def test_scores_are_listed_by_data_set(small, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "PRETRAINED", tmp_path)
-    small.save_pretrained(tmp_path / "one")
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
-    config["about"] = {
+    about = {
         "trained_on": "drawings",
         "training": {"epochs": 2},
         "flickr8k dev": {"beam_size": 5, "scores": {"CIDEr": 0.6}},
         "coco dev": {"beam_size": 5, "scores": {"CIDEr": 0.8}},
     }
-    (tmp_path / "one" / "config.json").write_text(json.dumps(config))
+    Captioner(Checkpoint(small.model, small.vocabulary, small.preprocessing, about)).save_pretrained(tmp_path / "one")
     (model,) = list_models()
     assert model.trained_on == "drawings"
     assert model.scores == {"flickr8k dev": {"CIDEr": 0.6}, "coco dev": {"CIDEr": 0.8}}
@@ -109,11 +107,11 @@ def wheel(tmp_path_factory):
     """The wheel as it is published, with empty files for the weights so that it is built quickly."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("captioner", "training", "app"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(WEIGHTS, "__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(MODEL_FILE, "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for model in list_models():
-        (folder / "captioner" / "pretrained" / model.name / WEIGHTS).touch()
+        (folder / "captioner" / "pretrained" / model.name / MODEL_FILE).touch()
     build = "from setuptools import build_meta; build_meta.build_wheel('.')"
     subprocess.run([sys.executable, "-c", build], cwd=folder, check=True, capture_output=True)
     (path,) = folder.glob("*.whl")
@@ -123,7 +121,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_every_file_of_every_model(wheel):
     files = [path for model in list_models() for path in model.folder.iterdir()] + [PRETRAINED / "LICENSE"]
-    assert len(files) > 4
+    assert len(files) == 5
     assert {path.relative_to(ROOT).as_posix() for path in files} <= set(wheel.namelist())
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import PAD, SPECIAL
-from training.losses import word_log_probabilities
 
 # Words that name nothing in the picture, so that no place is right for them.
 FUNCTION_WORDS = frozenset(
@@ -128,7 +127,7 @@ def composed_loss(output: TeacherForced, own: Tensor, content: Tensor, pointing:
     named = torch.zeros_like(output.mask).masked_scatter(output.mask, content[output.targets])
     share = torch.einsum("prtk,prk->prt", output.alpha.mean(dim=3), own.to(output.alpha))
     chosen = chosen_rows(share.detach(), named)[..., None]
-    likelihood = (word_log_probabilities(output) * chosen).sum() / (output.mask & chosen).sum().clamp(min=1)
+    likelihood = (output.log_probabilities() * chosen).sum() / (output.mask & chosen).sum().clamp(min=1)
     named = named & chosen
     there = (share.clamp(min=1e-6).log() * named).sum() / named.sum().clamp(min=1)
     return -likelihood - pointing * there

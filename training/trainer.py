@@ -18,17 +18,17 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from captioner.checkpoint import (
-    WEIGHTS,
     Checkpoint,
     CheckpointError,
     load_checkpoint,
     load_tensors,
-    replacing,
     save_checkpoint,
     save_tensors,
 )
+from captioner.files import replacing
 from captioner.images import Preprocessing
-from captioner.network.attention import EXPECTED, HardAttention
+from captioner.modelfile import MODEL_FILE
+from captioner.network.attention import EXPECTED, Attention
 from captioner.network.decoder import TeacherForced
 from captioner.network.model import ShowAttendTell
 from captioner.search import BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH, beam_search, gather_rows, sample
@@ -39,7 +39,7 @@ from training.config import TrainConfig, data_weights
 from training.datasets import CaptionedImage
 from training.distributed import Distributed
 from training.history import History
-from training.losses import caption_loss, hard_attention_loss, self_critical_loss, word_log_probabilities
+from training.losses import caption_loss, self_critical_loss
 from training.metrics import quick_scores
 from training.rewards import CiderD, advantages
 from training.sources import parse_source
@@ -313,13 +313,11 @@ class Trainer:
             config.doubly_stochastic,
             batch.image_weights.to(device),
         )
-        if output.choice_log_probability is None:
+        attention = self.model.decoder.attention
+        loss = loss + attention.extra_loss(output, batch.words, self.progress.baseline)
+        if not attention.draws_regions:
             return loss, loss.new_zeros(())
-        told = word_log_probabilities(output).detach()
-        hard = hard_attention_loss(
-            output, told, batch.words, self.progress.baseline, config.hard_reinforce, config.hard_entropy
-        )
-        return loss + hard, told.sum()
+        return loss, output.log_probabilities().detach().sum()
 
     def compose(self, stage: Stage, batch: Batch, images: Tensor) -> Composed | None:
         """Pictures composed of this batch's photographs; None where the run or the stage has none."""
@@ -359,14 +357,14 @@ class Trainer:
         return inputs
 
     def draw_regions(self) -> None:
-        """Set the mode of self-critical training: no dropout, and `hard` attention draws the regions that it sees.
+        """Set the mode of self-critical training: no dropout, but attention draws regions where it does in training.
 
         Captions are rewarded for the network that said them: dropout is off as they are drawn and as they are learnt,
         and the regions that were drawn for a caption are seen again as it is read.
         """
         self.model.eval()
         for module in self.model.modules():
-            if isinstance(module, HardAttention):
+            if isinstance(module, Attention) and module.draws_regions:
                 module.train()
 
     def self_critical(self, stage: Stage, batch: Batch, parallel: nn.Module) -> tuple[Tensor, Tensor]:
@@ -574,7 +572,7 @@ class Trainer:
             "config": json.dumps(options_for_resuming(self.config)),
         }
         try:
-            with replacing(self.output / STATE) as (path,):
+            with replacing(self.output / STATE) as path:
                 save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
         except OSError as error:
             raise TrainingError(
@@ -586,7 +584,7 @@ class Trainer:
         """Take up the progress of the last saved state; None where there is none, so training starts anew."""
         path = self.output / STATE
         if self.distributed.is_first:
-            for name in (STATE, WEIGHTS):  # half written when an earlier process was killed
+            for name in (STATE, MODEL_FILE):  # half written when an earlier process was killed
                 for left in self.output.glob(f".{name}.????????"):
                     left.unlink(missing_ok=True)
         if not path.exists():
