@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import JSONResponse
 
 from .service import Refused, shown
+from .uploads import Uploads
 
 log = logging.getLogger("captioner.app")
 
@@ -35,6 +36,10 @@ SERVED = re.compile(
 CALL = re.compile(r"/gradio_api/(?P<way>queue/join|call/v2|call|run|api)(/(?P<name>[^/]+))?/?")
 FILE_OF_ANOTHER_HOST = re.compile(r"/gradio_api/file=\s*[a-z][a-z0-9+.-]+:.*", re.IGNORECASE | re.DOTALL)
 UPLOAD = "/gradio_api/upload"
+STRIDE = 16_000_000  # bytes of an upload after which the room for it is checked again
+# Gradio's page describes the API, also to those who are not logged in.
+API_INFO = re.compile(rb"window\.gradio_api_info = .*?;</script>", re.DOTALL)
+NO_API_INFO = b'window.gradio_api_info = {"named_endpoints": {}, "unnamed_endpoints": {}};</script>'
 MOST_IGNORED = 500_000_000  # bytes of a request that are read only so that the client reads the refusal
 MOST_BYTES = 4_000_000  # of a request that calls a function; photos are uploaded before
 
@@ -43,6 +48,7 @@ NOT_UPLOADED = "This file was not uploaded, or it was deleted since: upload it a
 NO_FILE = (
     'A photo should be named by the path that its upload gave: {"path": ..., "meta": {"_type": "gradio.FileData"}}.'
 )
+FULL = "The server has no room for this upload: send less, or try again later."
 UNREADABLE = "The server cannot read this request. The cause is in its log; the other requests are not affected."
 
 
@@ -53,10 +59,11 @@ class Gate:
         app: the next application.
         page: the page's functions.
         gradio: Gradio's application, which knows who is logged in.
+        uploads: the folder that uploads fill.
     """
 
-    def __init__(self, app: Any, page: gr.Blocks, gradio: Any) -> None:
-        self.app, self.page, self.gradio = app, page, gradio
+    def __init__(self, app: Any, page: gr.Blocks, gradio: Any, uploads: Uploads) -> None:
+        self.app, self.page, self.gradio, self.uploads = app, page, gradio, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -66,6 +73,8 @@ class Gate:
         problem = self.refuse(scope)
         if path == UPLOAD:
             receive, send = patient(receive, send)
+            if problem is None:
+                return await self.upload(scope, receive, send)
         if problem is None and scope["method"] == "POST" and (called := CALL.fullmatch(path)):
             body = await read(receive)
             if body is None:
@@ -73,11 +82,35 @@ class Gate:
             problem = self.refuse_call(called["way"], called["name"], body)
             receive = replayed(body, receive)
         if problem is None:
+            if path == "/" and self.gradio.auth is not None and not self.logged_in(scope):
+                scope, send = without_api_info(scope, send)
             with contextlib.suppress(ClientDisconnect):
                 await self.app(scope, receive, send)
             return None
         status, detail = problem
         return await JSONResponse({"detail": detail}, status)(scope, receive, send)
+
+    async def upload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand an upload on as long as there is room for it; otherwise break it off and answer 507."""
+        room, received = await self.uploads.make_room(), 0
+
+        async def receive_part() -> MutableMapping[str, Any]:
+            nonlocal room, received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received >= STRIDE:
+                room, received = await self.uploads.make_room(), 0
+            return message if room else {"type": "http.disconnect"}
+
+        async def send_answer(message: MutableMapping[str, Any]) -> None:
+            if room:
+                await send(message)
+
+        if room:
+            with contextlib.suppress(ClientDisconnect):
+                await self.app(scope, receive_part, send_answer)
+        if not room:
+            await JSONResponse({"detail": FULL}, 507)(scope, receive, send)
 
     def refuse(self, scope: Scope) -> tuple[int, Any] | None:
         """Status and reason where a path is not served, or not to this client."""
@@ -168,6 +201,28 @@ def patient(receive: Receive, send: Send) -> tuple[Receive, Send]:
         await send(message)
 
     return receive_part, send_late
+
+
+def without_api_info(scope: Scope, send: Send) -> tuple[Scope, Send]:
+    """The same for the login page, which then does not describe the API."""
+    start: MutableMapping[str, Any] = {}
+    body = b""
+
+    async def send_page(message: MutableMapping[str, Any]) -> None:
+        nonlocal start, body
+        if message["type"] == "http.response.start":
+            start = message
+            return
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            page = API_INFO.sub(NO_API_INFO, body)
+            headers = [(name, value) for name, value in start["headers"] if name.lower() != b"content-length"]
+            headers.append((b"content-length", str(len(page)).encode()))
+            await send({**start, "headers": headers})
+            await send({"type": "http.response.body", "body": page})
+
+    plain = [(name, value) for name, value in scope["headers"] if name.lower() != b"accept-encoding"]
+    return {**scope, "headers": plain}, send_page
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
