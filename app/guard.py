@@ -1,4 +1,4 @@
-"""What stands between the network and Gradio: which paths are served, to whom, and what a request may hold."""
+"""Checks before Gradio: which routes are served, to whom, and what a request may contain."""
 
 import contextlib
 import json
@@ -24,11 +24,11 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# The login page and what it shows itself with. Everything else is for those who are logged in.
+# The login page and its assets. Everything else requires a login, if there is an --auth-file.
 PUBLIC = re.compile(
     r"/|/health|/log(in|out)/?|/(assets|static|svelte)/.+|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/pwa_icon"
 )
-# What the page and the API use. Gradio has other routes: some ask other hosts, some show what other people did.
+# The routes that the page and the API use. Others of Gradio connect to other hosts, or show what other users did.
 SERVED = re.compile(
     r"/config/?|/gradio_api/(info/?|openapi\.json|app_id/?|user/?|login_check/?|upload|upload_progress|startup-events"
     r"|theme\.css|queue/(join|data|status)|call/.+|(run|api)/.+|file=.+|heartbeat/.+|cancel|reset/?)"
@@ -40,8 +40,8 @@ STRIDE = 16_000_000  # bytes of an upload after which the room for it is checked
 # Gradio's page describes the API, also to those who are not logged in.
 API_INFO = re.compile(rb"window\.gradio_api_info = .*?;</script>", re.DOTALL)
 NO_API_INFO = b'window.gradio_api_info = {"named_endpoints": {}, "unnamed_endpoints": {}};</script>'
-MOST_IGNORED = 500_000_000  # bytes of a request that are read only so that the client reads the refusal
-MOST_BYTES = 4_000_000  # of a request that calls a function; photos are uploaded before
+MOST_IGNORED = 500_000_000  # bytes of a refused request that are read and ignored, so that the client gets the answer
+MOST_BYTES = 4_000_000  # of a request that calls a function; photos are uploaded separately
 
 LINK = "This server asks no other host for anything: download the photo, and upload the file."
 NOT_UPLOADED = "This file was not uploaded, or it was deleted since: upload it again."
@@ -53,20 +53,20 @@ UNREADABLE = "The server cannot read this request. The cause is in its log; the 
 
 
 class Gate:
-    """ASGI middleware that answers what is not served, and hands everything else on.
+    """ASGI middleware that refuses requests that the page and the API do not make, and passes the others on.
 
     Args:
         app: the next application.
-        page: the page's functions.
-        gradio: Gradio's application, which knows who is logged in.
-        uploads: the folder that uploads fill.
+        page: the page, with the functions that may be called.
+        gradio: Gradio's application, which holds the logins.
+        uploads: the folder of uploads.
     """
 
     def __init__(self, app: Any, page: gr.Blocks, gradio: Any, uploads: Uploads) -> None:
         self.app, self.page, self.gradio, self.uploads = app, page, gradio, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
+        """Refuse one request, or pass it on."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         path = scope["path"]
@@ -91,7 +91,7 @@ class Gate:
         return await JSONResponse({"detail": detail}, status)(scope, receive, send)
 
     async def upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand an upload on as long as there is room for it; otherwise break it off and answer 507."""
+        """Pass an upload on as long as the folder has room; otherwise end it and answer 507."""
         room, received = await self.uploads.make_room(), 0
 
         async def receive_part() -> MutableMapping[str, Any]:
@@ -113,7 +113,7 @@ class Gate:
             await JSONResponse({"detail": FULL}, 507)(scope, receive, send)
 
     def refuse(self, scope: Scope) -> tuple[int, Any] | None:
-        """Status and reason where a path is not served, or not to this client."""
+        """Status and reason if a path is not served, or not to this client; else None."""
         path = scope["path"]
         if PUBLIC.fullmatch(path):
             return None
@@ -124,13 +124,16 @@ class Gate:
         return None if SERVED.fullmatch(path) else (404, "Not Found")
 
     def logged_in(self, scope: Scope) -> bool:
-        """Whether the request carries a cookie that Gradio gave at a login."""
+        """Whether the request has a cookie that Gradio issued at a login."""
         cookies = HTTPConnection(scope).cookies
         names = (f"access-token-{self.gradio.cookie_id}", f"access-token-unsecure-{self.gradio.cookie_id}")
         return any(cookies.get(name) in self.gradio.tokens for name in names)
 
     def refuse_call(self, way: str, name: str | None, body: bytes) -> tuple[int, str] | None:
-        """Status and reason where a call cannot be put into a batch with others."""
+        """Status and reason if the body of a call does not fit its function; else None.
+
+        Gradio gathers calls into batches, where a call of the wrong form would make the others fail.
+        """
         if len(body) > MOST_BYTES:
             return 413, f"The request has more than {MOST_BYTES:,} bytes; upload photos before you name them."
         try:
@@ -154,7 +157,7 @@ class Gate:
         return None
 
     def refuse_named(self, name: str, values: dict[str, Any]) -> tuple[int, str] | None:
-        """As `refuse_call`, where each value has a name."""
+        """As `refuse_call`, for a call whose values have names."""
         endpoint = self.page.get_api_info()["named_endpoints"].get(f"/{name}")
         if endpoint is None:
             return 404, f"There is no function {shown(name)}."
@@ -167,7 +170,7 @@ class Gate:
 
 
 async def read(receive: Receive) -> bytes | None:
-    """The body of a request, only its beginning where it is too large; None where the client went away."""
+    """The body of a request, cut if it is larger than MOST_BYTES; None if the client disconnected."""
     body, more, ignored = b"", True, 0
     while more and ignored < MOST_IGNORED:
         message = await receive()
@@ -182,9 +185,9 @@ async def read(receive: Receive) -> bytes | None:
 
 
 def patient(receive: Receive, send: Send) -> tuple[Receive, Send]:
-    """The same, but an answer waits for the end of the request.
+    """The same functions, but an answer waits for the end of the request.
 
-    A client that still sends when the connection is closed sees an error of the network, and not the reason.
+    A client that is still sending when the connection closes reports a network error instead of the answer.
     """
     more = True
 
@@ -204,7 +207,7 @@ def patient(receive: Receive, send: Send) -> tuple[Receive, Send]:
 
 
 def without_api_info(scope: Scope, send: Send) -> tuple[Scope, Send]:
-    """The same for the login page, which then does not describe the API."""
+    """The same for the login page, with the description of the API removed."""
     start: MutableMapping[str, Any] = {}
     body = b""
 
@@ -226,7 +229,7 @@ def without_api_info(scope: Scope, send: Send) -> tuple[Scope, Send]:
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` for the next application, which has not seen the body yet."""
+    """A `receive` that gives the body again, for the next application."""
     waiting = [body]
 
     async def again() -> MutableMapping[str, Any]:
@@ -238,14 +241,14 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 class Page(gr.Blocks):
-    """Gradio's page, where a request that cannot be read fails alone.
+    """Gradio's page, where a request that cannot be read does not affect the others of its batch.
 
-    Gradio reads the inputs of a whole batch before it calls the function, so that one file that was never uploaded
-    would fail everybody. Here the function gets a `Refused` in place of that file, or of all inputs of that request.
+    Gradio reads the inputs of a whole batch before it calls the function, so one file that was never uploaded would
+    make all fail. Here the function gets a `Refused` in place of that file, or of all inputs of that request.
     """
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *rest: Any, **named: Any) -> list[Any]:
-        """The values of one request, as the function gets them."""
+        """The inputs of one request for the function."""
         try:
             sifted = [sift(value) for value in inputs]
             values = await super().preprocess_data(block_fn, [value for value, _ in sifted], *rest, **named)
@@ -263,7 +266,7 @@ class Page(gr.Blocks):
 
 
 def sift(value: Any) -> tuple[Any, dict[int, Refused]]:
-    """A value without the files in it that cannot be used, and those by their place in the list. Raises Refused."""
+    """A value without the files that cannot be used, and the reasons by their place in the list. Raises Refused."""
     if not isinstance(value, list):
         check_files(value)
         return value, {}
@@ -279,7 +282,7 @@ def sift(value: Any) -> tuple[Any, dict[int, Refused]]:
 
 
 def put_back(value: Any, refused: dict[int, Refused]) -> Any:
-    """The list with what was refused in its place."""
+    """The list with each `Refused` at its place."""
     if not refused:
         return value
     rest = iter(value or [])
@@ -287,7 +290,7 @@ def put_back(value: Any, refused: dict[int, Refused]) -> Any:
 
 
 def check_files(value: Any) -> None:
-    """Raise Refused where a value has a file in it that was not uploaded to this server."""
+    """Raise Refused if a value contains a file that was not uploaded to this server."""
     if isinstance(value, list):
         for one in value:
             check_files(one)
@@ -304,9 +307,9 @@ def check_files(value: Any) -> None:
 
 
 def uploaded(path: str) -> bool:
-    """Whether a path is that of a file in the folder of uploads, whichever links and dots are in it."""
+    """Whether a path, once its links and dots are resolved, is a file in the folder of uploads."""
     try:
         real = Path(os.path.realpath(path))
         return real.is_relative_to(os.path.realpath(get_upload_folder())) and real.is_file()
-    except (OSError, ValueError):  # a name that is too long, or with a zero in it
+    except (OSError, ValueError):  # a name that is too long, or contains a null byte
         return False
