@@ -203,6 +203,8 @@ class Trainer:
 
         if self.config.start_from and resumed is None and not self.progress.history:
             self.validate(stage, "start")
+        if resumed is None and self.progress.best > -math.inf:
+            # Resuming could not start the stage again once a better model has replaced the one that it begins with.
             self.save(optimiser)
         while self.progress.epoch < stage.epochs and self.progress.stale < self.config.patience:
             self.run_epoch(stage, parallel, optimiser)
@@ -579,7 +581,7 @@ class Trainer:
         except OSError as error:
             raise TrainingError(
                 f"cannot save the training state in {self.output}: {error.strerror or error}; "
-                "the checkpoint from before is whole, so free some space and run again with --resume"
+                "what was saved before is whole, so free some space and run again with --resume"
             ) from error
 
     def restore(self) -> dict[str, Tensor] | None:
