@@ -197,18 +197,16 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def fill(disk, room):
-    """A file that leaves so many bytes of a disk free."""
-    filler = disk / "filler"
+def fill(disk, room, name="filler"):
+    """A new file that leaves so many bytes of a disk free."""
+    filler = disk / name
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while (excess := shutil.disk_usage(disk).free - room) > 0:
             file.write(bytes(min(excess, 2**20)))
     return filler
 
 
-def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_is_room(
-    options, whole, disk, tmp_path
-):
+def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_is_room(options, whole, disk, tmp_path):
     """The cache of features, the training state, the model and the record of the run are all on that disk."""
     chance, errors = random.Random(FULL_DISKS), tmp_path / "errors"
     filled = runs = 0
@@ -654,6 +652,33 @@ def test_a_full_disk_is_reported_before_anything_is_computed(root, weights, tmp_
     with pytest.raises(OSError, match=r"no room for .* GB of cached features"):
         cached_maps(Encoder(grid=(2, 2), weights=weights), photographs, tmp_path, ALONE)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("pages", [0, 1, 8, 15, 16, 20])
+def test_the_cache_has_all_its_room_or_none_of_it(root, weights, disk, monkeypatch, pages):
+    """It takes 16 pages of 4 KiB; afterwards the disk is filled by something else."""
+    items = read_dataset("flickr8k", root).splits["dev"]
+    encoder = Encoder(grid=(2, 2), weights=weights)
+    photographs = ImageSource(items, Preprocessing(size=(64, 64)), augment=False)
+    (disk / "cache").mkdir()
+    filler = fill(disk, 4096 * pages)
+    reserve = features.reserve
+
+    def and_fill(*arguments):
+        file = reserve(*arguments)
+        fill(disk, 0, "rest")
+        return file
+
+    monkeypatch.setattr(features, "reserve", and_fill)
+    if pages < 16:
+        with pytest.raises(OSError, match=r"no room for .* GB of cached features"):
+            cached_maps(encoder, photographs, disk / "cache", ALONE, batch_size=2)
+        assert not list((disk / "cache").iterdir())
+        filler.unlink()
+    found = cached_maps(encoder, photographs, disk / "cache", ALONE, batch_size=2)
+    with torch.no_grad():
+        exact = encoder(photographs.load(range(len(items)), 0)).numpy()
+    assert np.allclose(found, exact, rtol=2e-3, atol=1e-3)
 
 
 def test_the_maps_below_the_tuned_blocks_give_the_same_annotation_vectors(root, weights, tmp_path):

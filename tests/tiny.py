@@ -89,9 +89,7 @@ def encoder_weights(path: Path, name: str = "mobilenet_v2") -> Path:
     return path
 
 
-def start(
-    arguments: Sequence[str], killed_at_image: int = 0, errors: Path | None = None
-) -> multiprocessing.Process:
+def start(arguments: Sequence[str], killed_at_image: int = 0, errors: Path | None = None) -> multiprocessing.Process:
     """Training in a process of its own, which has imported what it needs already.
 
     With `killed_at_image` it kills itself as it reads that photograph for the cache of features. What it writes to
