@@ -16,7 +16,7 @@ from captioner.options import LIMITS, check_option
 from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
-    from captioner.api import Caption
+    from captioner.captions import Caption
     from captioner.images import ImageError
 
 SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .pbm .tga".split())

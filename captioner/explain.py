@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from captioner.api import Caption, Captioner
+from captioner.api import Captioner
+from captioner.captions import Caption
 from captioner.vocabulary import START
 
 
@@ -79,34 +80,34 @@ def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list
     decoder: Any = model.decoder  # whichever it is, it has the same methods
     grid = model.config.grid
     # The end has a probability only where the model said it.
-    said = captioner.vocabulary.encode(caption.words)[1 : len(caption.word_log_probabilities) + 1]
+    tokens = captioner.vocabulary.encode(caption.words)[1 : len(caption.word_log_probabilities) + 1]
     annotations = torch.tensor(caption.annotations[None], dtype=next(model.parameters()).dtype, device=model.device)
-    scene = decoder.look(annotations)
-    state = decoder.initial_state(scene, rows=1)
+    memory = decoder.encode(annotations)
+    state = decoder.initial_state(memory, rows=1)
     scored = model.config.decoder == "lstm" and model.config.attention in ("additive", "dot", "scaled_dot")
     before = torch.empty(1, 1, 0, dtype=torch.long, device=model.device)
-    last = torch.full((1, 1), START, device=model.device)
+    last_tokens = torch.full((1, 1), START, device=model.device)
     steps = []
-    for index in said:
-        scores = decoder.attention.scores(state.hidden, scene.keys) if scored else None
-        step = decoder.step(scene, state, last)
+    for token in tokens:
+        scores = decoder.attention.scores(state.hidden, memory.keys) if scored else None
+        step = decoder.step(memory, state, last_tokens)
         heads = step.alpha[0, 0].cpu().numpy()
         weights = heads.mean(axis=0)
         probabilities = caption.distribution.log_probabilities(step.logits, before).exp()[0, 0]
         best = probabilities.topk(min(candidates, int((probabilities > 0).sum())))
         steps.append(
             Explanation(
-                words[index],
+                words[token],
                 None if scores is None else scores.view(grid).cpu().numpy(),
                 weights.reshape(grid),
                 tuple(map(normalised_entropy, (weights, *heads) if len(heads) > 1 else (weights,))),
                 None if step.beta is None else float(step.beta),
                 tuple(
-                    (words[choice], probability)
-                    for choice, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                    (words[candidate], probability)
+                    for candidate, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 ),
             )
         )
-        state, last = step.state, torch.full_like(last, index)
-        before = torch.cat([before, last[..., None]], dim=2)
+        state, last_tokens = step.state, torch.full_like(last_tokens, token)
+        before = torch.cat([before, last_tokens[..., None]], dim=2)
     return steps

@@ -383,8 +383,8 @@ def describe(source: Any) -> str:
 
 def reason(error: BaseException) -> str:
     """What an exception says, in one line, or its kind where it says nothing."""
-    said = (getattr(error, "strerror", None) or str(error)).strip()
-    return said.partition("\n")[0] or type(error).__name__
+    message = (getattr(error, "strerror", None) or str(error)).strip()
+    return message.partition("\n")[0] or type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def read_batches(
         batch = begin()
         while batch:
             following = begin()
-            yield [one.result() if isinstance(one, Future) else one for one in batch]
+            yield [item.result() if isinstance(item, Future) else item for item in batch]
             batch = following
         if failure is not None:
             raise failure

@@ -2,9 +2,9 @@
 
 Every search keeps its hypotheses in tensors of shape (images, rows, ...), where the rows of an image are its beams
 or its samples, and advances all of them in one step of the decoder. A hypothesis that has ended stays in its row
-and is padded. The decoder may be any module with `heads`, `look`, `initial_state` and `step` like
-`captioner.decoder.AttentionLSTM`. Its steps give a `captioner.decoder.Step`, whose state is a named tuple of tensors
-of shape (images, rows, ...).
+and is padded. The decoder may be any module with `heads`, `encode`, `initial_state` and `step` like
+`captioner.network.decoder.AttentionLSTM`. Its steps give a `captioner.network.decoder.Step`, whose state is a named
+tuple of tensors of shape (images, rows, ...).
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
 
 NEVER = float("-inf")
-# How captions are searched for unless it is said otherwise. These penalties scored best on Flickr8k's dev images.
+# How captions are searched for unless the caller says otherwise. These penalties scored best on Flickr8k's dev images.
 BEAM_SIZE = 5
 MAX_LENGTH = 22
 LENGTH_PENALTY = 1.0
@@ -31,7 +31,7 @@ class Hypotheses(NamedTuple):
     alpha: (images, rows, steps, heads, regions), where the decoder looked; zero on padding.
     scores: (images, rows), by which they are ranked: log-probability over length to a power.
     drawn: (images, rows, steps, layers), the regions that attention drew, where it is left to draw any
-        (`captioner.attention.HardAttention` in training mode); None otherwise.
+        (`captioner.network.attention.HardAttention` in training mode); None otherwise.
     """
 
     words: Tensor
@@ -42,7 +42,7 @@ class Hypotheses(NamedTuple):
 
     @property
     def lengths(self) -> Tensor:
-        """Words said, the end included: (images, rows)."""
+        """Words in each caption, the end included: (images, rows)."""
         return (self.words != PAD).sum(dim=2)
 
     def choose(self, rows: Tensor, scores: Tensor) -> "Hypotheses":
@@ -136,19 +136,19 @@ def beam_search(
     """
     check_lengths(beam_size, "beam_size", max_length)
     distribution = Distribution(block_ngrams)
-    scene, state, found = start(decoder, annotations, mask, beam_size)
-    said = torch.full(found.scores.shape, START, device=annotations.device)
+    memory, state, hypotheses = start(decoder, annotations, mask, beam_size)
+    tokens = torch.full(hypotheses.scores.shape, START, device=annotations.device)
     # All beams are equal at first: only the first may grow, or they would all stay alike.
-    total = torch.full_like(found.scores, NEVER)
+    total = torch.full_like(hypotheses.scores, NEVER)
     total[:, 0] = 0.0
 
     for _ in range(max_length):
-        step = decoder.step(scene, state, said)
-        log_probabilities = distribution.log_probabilities(step.logits, found.words)
-        ended = (said == END) | (said == PAD)
+        step = decoder.step(memory, state, tokens)
+        log_probabilities = distribution.log_probabilities(step.logits, hypotheses.words)
+        ended = (tokens == END) | (tokens == PAD)
         log_probabilities = only_padding_after_the_end(log_probabilities, ended)
         totals = total[..., None] + log_probabilities
-        lengths = (found.lengths + ~ended)[..., None]
+        lengths = (hypotheses.lengths + ~ended)[..., None]
         ranks = totals / lengths.clamp(min=1) ** length_penalty
 
         vocabulary = ranks.shape[-1]
@@ -157,18 +157,18 @@ def beam_search(
                 f"beam_size {beam_size} is more than the {vocabulary - len(SPECIAL)} words a caption may begin with"
             )
         scores, best = ranks.flatten(1).topk(beam_size, dim=1)
-        parents, said = best // vocabulary, best % vocabulary
+        parents, tokens = best // vocabulary, best % vocabulary
         total = totals.flatten(1).gather(1, best)
-        found = found.choose(parents, scores).extend(
-            said,
+        hypotheses = hypotheses.choose(parents, scores).extend(
+            tokens,
             log_probabilities.flatten(1).gather(1, best),
-            gather_rows(step.alpha, parents) * (said != PAD)[..., None, None],
+            gather_rows(step.alpha, parents) * (tokens != PAD)[..., None, None],
             None if step.drawn is None else gather_rows(step.drawn, parents),
         )
         state = type(state)(*(gather_rows(part, parents) for part in step.state))
-        if bool(((said == END) | (said == PAD)).all()):
+        if bool(((tokens == END) | (tokens == PAD)).all()):
             break
-    return found
+    return hypotheses
 
 
 @torch.inference_mode()
@@ -209,44 +209,44 @@ def sample(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     distribution = Distribution(block_ngrams, temperature, top_p)
-    scene, state, found = start(decoder, annotations, mask, samples)
-    said = torch.full(found.scores.shape, START, device=annotations.device)
+    memory, state, hypotheses = start(decoder, annotations, mask, samples)
+    tokens = torch.full(hypotheses.scores.shape, START, device=annotations.device)
     if seed is None:
         chances = torch.rand(annotations.shape[0], samples, max_length)
     else:
         seeds = [seed] if isinstance(seed, int) else seed
-        drawn = [torch.rand(samples, max_length, generator=torch.Generator().manual_seed(one)) for one in seeds]
+        drawn = [torch.rand(samples, max_length, generator=torch.Generator().manual_seed(value)) for value in seeds]
         chances = torch.stack(drawn).expand(annotations.shape[0], -1, -1)
     chances = chances.to(annotations.device)  # not in a shorter type, where they could round to 1
 
     for t in range(max_length):
-        step = decoder.step(scene, state, said)
-        log_probabilities = distribution.log_probabilities(step.logits, found.words)
-        ended = (said == END) | (said == PAD)
+        step = decoder.step(memory, state, tokens)
+        log_probabilities = distribution.log_probabilities(step.logits, hypotheses.words)
+        ended = (tokens == END) | (tokens == PAD)
         log_probabilities = only_padding_after_the_end(log_probabilities, ended)
-        said = draw(log_probabilities, chances[..., t])
-        found = found.extend(
-            said,
-            log_probabilities.gather(-1, said[..., None]).squeeze(-1),
-            step.alpha * (said != PAD)[..., None, None],
+        tokens = draw(log_probabilities, chances[..., t])
+        hypotheses = hypotheses.extend(
+            tokens,
+            log_probabilities.gather(-1, tokens[..., None]).squeeze(-1),
+            step.alpha * (tokens != PAD)[..., None, None],
             step.drawn,
         )
         state = step.state
-        if bool(((said == END) | (said == PAD)).all()):
+        if bool(((tokens == END) | (tokens == PAD)).all()):
             break
 
-    scores = found.log_probabilities.sum(dim=2) / found.lengths.clamp(min=1)
+    scores = hypotheses.log_probabilities.sum(dim=2) / hypotheses.lengths.clamp(min=1)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return found.choose(order, scores)
+    return hypotheses.choose(order, scores)
 
 
 def start(decoder: Any, annotations: Tensor, mask: Tensor | None, rows: int) -> tuple[Any, Any, Hypotheses]:
-    """The scene, the first state, and hypotheses without a word yet."""
+    """The memory of the images, the first state, and hypotheses without a word yet."""
     images, regions, _ = annotations.shape
-    scene = decoder.look(annotations, mask)
+    memory = decoder.encode(annotations, mask)
     return (
-        scene,
-        decoder.initial_state(scene, rows),
+        memory,
+        decoder.initial_state(memory, rows),
         Hypotheses(
             torch.empty(images, rows, 0, dtype=torch.long, device=annotations.device),
             annotations.new_empty(images, rows, 0),
@@ -260,7 +260,7 @@ def allowed(logits: Tensor, words: Tensor, block_ngrams: int) -> Tensor:
     """Logits (images, rows, vocabulary) with what must not come next ruled out.
 
     No caption holds a special word but its end, none is empty, and with `block_ngrams` n no run of n words comes
-    twice: a word is ruled out where it would end a run whose first n - 1 words are the last ones said.
+    twice: a word is ruled out where it would end a run whose first n - 1 words are the last words of the caption.
     """
     logits = logits.float().clone()
     logits[..., [PAD, START, UNKNOWN]] = NEVER

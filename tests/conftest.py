@@ -17,7 +17,7 @@ import torch
 from captioner.api import Captioner
 from captioner.checkpoint import Checkpoint
 from captioner.images import Preprocessing
-from captioner.model import ModelConfig, ShowAttendTell
+from captioner.network.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 
 # Sums in another order differ in the last digit: runs that are compared compute with as many threads.

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from captioner.attention import MECHANISMS, AdditiveAttention, HardAttention, build_attention
-from captioner.decoder import TeacherForced
+from captioner.network.attention import MECHANISMS, AdditiveAttention, HardAttention, build_attention
+from captioner.network.decoder import TeacherForced
 from training.losses import caption_loss, hard_attention_loss, word_log_probabilities
 
 SIZES = {"channels": 6, "hidden_size": 5, "attention_size": 4}
@@ -50,7 +50,7 @@ def test_weights_are_non_negative_sum_to_one_and_are_zero_on_padding(
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_what_is_not_real_is_never_seen(name):
+def test_masked_regions_get_no_weight(name):
     hidden, annotations, mask = inputs(3, 2, 8, seed=4)
     attention = attention_of(name).eval()
     changed = torch.where(mask[..., None], annotations, 100.0)

@@ -8,8 +8,8 @@ import torch
 from conftest import PHOTOS
 from PIL import Image
 
-from captioner.decoder import TeacherForced
 from captioner.images import Preprocessing
+from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import END, PAD, START, Vocabulary
 from training.batches import (
     EpochBatches,
@@ -153,7 +153,7 @@ def test_the_shares_of_two_processes_add_up():
     output = result_of()
     whole = caption_loss(output, 7, 3, 0.1, 0.3)
     parts = [
-        TeacherForced(output.logits[:5], output.targets[:5], output.alpha[:1], output.real[:1]),
-        TeacherForced(output.logits[5:], output.targets[5:], output.alpha[1:], output.real[1:]),
+        TeacherForced(output.logits[:5], output.targets[:5], output.alpha[:1], output.mask[:1]),
+        TeacherForced(output.logits[5:], output.targets[5:], output.alpha[1:], output.mask[1:]),
     ]
     assert float(sum(caption_loss(part, 7, 3, 0.1, 0.3) for part in parts)) == pytest.approx(float(whole), rel=1e-6)

@@ -9,7 +9,7 @@ from captioner import reading
 from captioner.api import Captioner
 from captioner.checkpoint import Checkpoint
 from captioner.images import Preprocessing
-from captioner.model import ModelConfig, ShowAttendTell
+from captioner.network.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training import benchmark
 

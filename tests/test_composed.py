@@ -82,7 +82,7 @@ def test_the_output_is_divided_where_the_batch_ends():
     alone, composed_alone = model(features, captions), model(composed.images, composed.captions)
     assert torch.equal(batch.targets, alone.targets)
     assert torch.allclose(batch.logits, alone.logits, atol=1e-5)
-    assert torch.equal(batch.real, alone.real)
+    assert torch.equal(batch.mask, alone.mask)
     assert torch.equal(behind.targets, composed_alone.targets)
     assert torch.allclose(behind.logits, composed_alone.logits, atol=1e-5)
     assert torch.allclose(behind.alpha, composed_alone.alpha, atol=1e-5)
@@ -113,7 +113,7 @@ def test_training_on_composed_pictures_moves_attention_to_the_photograph_that_is
         composed = compose(features, captions, 1, GRID, chance())
         output = model(composed.images, composed.captions)
         share = torch.einsum("prtk,prk->prt", output.alpha[..., 0, :], composed.own)
-        chosen = chosen_rows(share, output.real)[..., None] & output.real
+        chosen = chosen_rows(share, output.mask)[..., None] & output.mask
         return composed_loss(output, composed.own, content, 1.0), share[chosen].mean().item()
 
     before = loss_and_share()[1]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from captioner.decoder import AttentionLSTM
+from captioner.network.decoder import AttentionLSTM
 from captioner.vocabulary import END, PAD, START
 
 WORDS, CHANNELS, REGIONS = 11, 7, 5
@@ -133,11 +133,11 @@ def test_steps_one_after_another_give_what_teacher_forcing_gives():
     for remember in (False, True):
         if remember:
             net.remember_words()
-        scene = net.look(annotations, mask)
-        state = net.initial_state(scene, rows=3)
+        memory = net.encode(annotations, mask)
+        state = net.initial_state(memory, rows=3)
         logits = []
         for t in range(captions.shape[2] - 1):
-            step = net.step(scene, state, captions[..., t])
+            step = net.step(memory, state, captions[..., t])
             state = step.state
             logits.append(step.logits)
             assert ((step.beta > 0) & (step.beta < 1)).all()
@@ -176,9 +176,9 @@ def test_remembered_words_are_not_those_of_weights_that_are_gone(change, weight)
         other.get_parameter(weight).add_(1.0)
     net.remember_words()
     change(net, other)
-    scene = net.look(torch.ones(1, REGIONS, CHANNELS, dtype=torch.double))
+    memory = net.encode(torch.ones(1, REGIONS, CHANNELS, dtype=torch.double))
     words = torch.tensor([[START, 5]])
-    ours, theirs = (each.step(scene, each.initial_state(scene, rows=2), words).logits for each in (net, other))
+    ours, theirs = (each.step(memory, each.initial_state(memory, rows=2), words).logits for each in (net, other))
     assert torch.allclose(ours, theirs, atol=1e-12)
 
 
@@ -186,7 +186,7 @@ def test_words_are_remembered_as_long_as_the_weights_stay():
     net = decoder().eval()
     net.remember_words()
     gates = net.gates_of_words
-    net.look(torch.ones(1, REGIONS, CHANNELS, dtype=torch.double))
+    net.encode(torch.ones(1, REGIONS, CHANNELS, dtype=torch.double))
     assert net.gates_of_words is gates
 
 
@@ -195,10 +195,10 @@ def test_remembered_words_move_with_the_weights(where):
     net = decoder().eval()
     net.remember_words()
     net.to(**where)
-    scene = net.look(torch.ones(1, REGIONS, CHANNELS, dtype=net.output_bias.dtype, device=net.output_bias.device))
+    memory = net.encode(torch.ones(1, REGIONS, CHANNELS, dtype=net.output_bias.dtype, device=net.output_bias.device))
     words = torch.tensor([[START]], device=net.output_bias.device)
-    first = net.step(scene, net.initial_state(scene, rows=1), words)
-    assert net.step(scene, first.state, words).logits.dtype == net.output_bias.dtype
+    first = net.step(memory, net.initial_state(memory, rows=1), words)
+    assert net.step(memory, first.state, words).logits.dtype == net.output_bias.dtype
 
 
 def test_what_stands_in_masked_regions_does_not_matter():

@@ -11,8 +11,8 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from captioner.encoder import Encoder, Layout, adapted, normalisation
 from captioner.images import Preprocessing
+from captioner.network.encoder import Encoder, Layout, adapted, normalisation
 from training.config import TrainConfig
 from training.train import build_preprocessing
 

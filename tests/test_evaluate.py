@@ -12,7 +12,7 @@ from PIL import Image
 from captioner.api import Captioner
 from captioner.checkpoint import Checkpoint
 from captioner.images import Preprocessing
-from captioner.model import ModelConfig, ShowAttendTell
+from captioner.network.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training import evaluate
 from training.datasets import read_dataset

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from captioner.decoder import TeacherForced
+from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import PAD, START, UNKNOWN
 from training.losses import hard_attention_loss, self_critical_loss, word_log_probabilities
 
@@ -24,7 +24,7 @@ def result_of(choice: bool = False) -> TeacherForced:
 def by_word(output: TeacherForced, excluded=()) -> dict[tuple[int, int, int], torch.Tensor]:
     """log p of each word by its image, row and step, one at a time."""
     found = {}
-    for place, logits, target in zip(output.real.nonzero().tolist(), output.logits, output.targets, strict=True):
+    for place, logits, target in zip(output.mask.nonzero().tolist(), output.logits, output.targets, strict=True):
         kept = [word for word in range(WORDS) if word not in excluded]
         found[tuple(place)] = logits[target] - logits[kept].logsumexp(dim=0)
     return found
@@ -47,7 +47,7 @@ def test_captions_are_made_likelier_by_their_advantage(choice):
     advantage = torch.tensor([[2.0, -1.0], [0.5, 7.0]])
     expected = torch.zeros(())
     for (image, row, step), told in by_word(output, SPECIAL).items():
-        drawn = output.choice[image, row, step] if choice else 0.0
+        drawn = output.choice_log_probability[image, row, step] if choice else 0.0
         expected = expected - advantage[image, row] * (told + drawn) / 4
     loss = self_critical_loss(output, advantage, captions=4)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
@@ -66,7 +66,7 @@ def test_drawn_regions_are_rewarded_by_what_was_told_over_the_baseline(reinforce
             own = [(place, told) for place, told in words.items() if place[:2] == (image, row)]
             for place, _ in own:
                 to_come = sum(float(told.detach()) + 1.5 for later, told in own if later[2] >= place[2])
-                expected = expected - reinforce * to_come * output.choice[place] / 7
+                expected = expected - reinforce * to_come * output.choice_log_probability[place] / 7
             for place, _ in own:
                 weights = output.alpha[place][0]
                 expected = expected + 0.1 * (weights * weights.log()).sum() / 7

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from captioner import Captioner
-from captioner.api import Caption
+from captioner.captions import Caption
 from training import pointing
 from training.datasets import CaptionedImage, read_dataset
 

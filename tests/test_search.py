@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import small_model
 
-from captioner.attention import EXPECTED, HardAttention
-from captioner.decoder import Step
+from captioner.network.attention import EXPECTED, HardAttention
+from captioner.network.decoder import Step
 from captioner.search import beam_search, gather_rows, sample
 from captioner.vocabulary import END, PAD, START, UNKNOWN
 from training.losses import word_log_probabilities
@@ -28,24 +28,24 @@ def annotations():
     return torch.randn(6, 6, 12, generator=torch.Generator().manual_seed(1)).relu()
 
 
-def said(hypotheses, image, row=0):
+def caption_of(hypotheses, image, row=0):
     return [word for word in hypotheses.words[image, row].tolist() if word != PAD]
 
 
 def test_a_beam_of_one_is_greedy_search(decoder, annotations):
     found = beam_search(decoder, annotations, beam_size=1, max_length=12)
     for image in range(len(annotations)):
-        scene = decoder.look(annotations[image : image + 1])
-        state, words = decoder.initial_state(scene, 1), [START]
+        memory = decoder.encode(annotations[image : image + 1])
+        state, words = decoder.initial_state(memory, 1), [START]
         while len(words) <= 12 and words[-1] != END:
-            step = decoder.step(scene, state, torch.tensor([[words[-1]]]))
+            step = decoder.step(memory, state, torch.tensor([[words[-1]]]))
             state = step.state
             logits = step.logits[0, 0].clone()
             logits[[PAD, START, UNKNOWN]] = float("-inf")
             if len(words) == 1:
                 logits[END] = float("-inf")
             words.append(int(logits.argmax()))
-        assert said(found, image) == words[1:]
+        assert caption_of(found, image) == words[1:]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_batch_gives_what_each_image_gives_alone(decoder, annotations, search)
     for image in range(len(annotations)):
         alone = search(decoder, annotations[image : image + 1])
         for row in range(together.words.shape[1]):
-            assert said(together, image, row) == said(alone, 0, row)
+            assert caption_of(together, image, row) == caption_of(alone, 0, row)
         steps = alone.words.shape[2]
         assert torch.allclose(together.log_probabilities[image, :, :steps], alone.log_probabilities[0], atol=1e-5)
         assert torch.allclose(together.alpha[image, :, :steps], alone.alpha[0], atol=1e-5)
@@ -77,28 +77,28 @@ class Toy:
 
     heads = 1
 
-    def look(self, annotations, mask=None):
+    def encode(self, annotations, mask=None):
         return annotations
 
-    def initial_state(self, scene, rows):
-        return ToyState(torch.zeros(scene.shape[0], rows, 1, dtype=torch.long))
+    def initial_state(self, memory, rows):
+        return ToyState(torch.zeros(memory.shape[0], rows, 1, dtype=torch.long))
 
-    def step(self, scene, state, words):
+    def step(self, memory, state, words):
         history = state.history * 7 + words[..., None]
-        logits = torch.sin(history * 12.9898 + torch.arange(7) * 78.233 + scene[:, :1, :1]) * 3
-        alpha = torch.full((*words.shape, 1, scene.shape[1]), 1 / scene.shape[1])
+        logits = torch.sin(history * 12.9898 + torch.arange(7) * 78.233 + memory[:, :1, :1]) * 3
+        alpha = torch.full((*words.shape, 1, memory.shape[1]), 1 / memory.shape[1])
         return Step(logits, ToyState(history), alpha)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
 def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_captions(length_penalty):
-    toy, scene = Toy(), torch.randn(3, 2, 1, generator=torch.Generator().manual_seed(2))
-    found = beam_search(BigToy(toy), scene, beam_size=60, max_length=3, length_penalty=length_penalty)
+    toy, memory = Toy(), torch.randn(3, 2, 1, generator=torch.Generator().manual_seed(2))
+    found = beam_search(BigToy(toy), memory, beam_size=60, max_length=3, length_penalty=length_penalty)
     for image in range(3):
         best = max(
-            (score(toy, scene[image : image + 1], caption, length_penalty), caption) for caption in every_caption(3)
+            (score(toy, memory[image : image + 1], caption, length_penalty), caption) for caption in every_caption(3)
         )
-        assert tuple(said(found, image)) == best[1]
+        assert tuple(caption_of(found, image)) == best[1]
         assert float(found.scores[image, 0]) == pytest.approx(best[0], abs=1e-5)
 
 
@@ -108,10 +108,10 @@ class BigToy:
     heads = 1
 
     def __init__(self, toy):
-        self.look, self.initial_state, self.toy = toy.look, toy.initial_state, toy
+        self.encode, self.initial_state, self.toy = toy.encode, toy.initial_state, toy
 
-    def step(self, scene, state, words):
-        step = self.toy.step(scene, state, words)
+    def step(self, memory, state, words):
+        step = self.toy.step(memory, state, words)
         never = torch.full((*words.shape, 60), float("-inf"))
         return step._replace(logits=torch.cat([step.logits, never], dim=-1))
 
@@ -124,10 +124,10 @@ def every_caption(length):
     yield from itertools.product(real, repeat=length)
 
 
-def score(toy, scene, caption, length_penalty):
-    state, previous, total = toy.initial_state(scene, 1), START, 0.0
+def score(toy, memory, caption, length_penalty):
+    state, previous, total = toy.initial_state(memory, 1), START, 0.0
     for t, word in enumerate(caption):
-        step = toy.step(scene, state, torch.tensor([[previous]]))
+        step = toy.step(memory, state, torch.tensor([[previous]]))
         logits = step.logits[0, 0].clone()
         logits[[PAD, START, UNKNOWN]] = float("-inf")
         if t == 0:
@@ -151,7 +151,7 @@ def test_special_words_are_never_said_and_no_caption_is_empty(annotations, seed)
         net.output_bias[[PAD, START, UNKNOWN, END]] = 10.0
     for found in (beam_search(net, annotations, beam_size=3), sample(net, annotations, samples=3)):
         for image, row in itertools.product(range(6), range(3)):
-            words = said(found, image, row)
+            words = caption_of(found, image, row)
             assert not {PAD, START, UNKNOWN} & set(words)
             assert words[0] != END
 
@@ -169,7 +169,7 @@ def test_a_caption_that_never_ends_is_cut_and_returned(annotations):
 def test_log_probabilities_are_those_of_the_words_under_teacher_forcing(decoder, annotations):
     found = beam_search(decoder, annotations, beam_size=3, max_length=10)
     for image in range(len(annotations)):
-        words = said(found, image)
+        words = caption_of(found, image)
         result = decoder(annotations[image : image + 1], torch.tensor([[[START, *words]]]))
         logits = result.logits.clone()
         logits[:, [PAD, START, UNKNOWN]] = float("-inf")
@@ -182,7 +182,7 @@ def test_log_probabilities_are_those_of_the_words_under_teacher_forcing(decoder,
 def test_sampled_log_probabilities_are_those_of_the_distribution_that_was_drawn_from(decoder, annotations):
     found = sample(decoder, annotations, samples=2, max_length=8, temperature=0.7, seed=4)
     for image, row in itertools.product(range(len(annotations)), range(2)):
-        words = said(found, image, row)
+        words = caption_of(found, image, row)
         logits = decoder(annotations[image : image + 1], torch.tensor([[[START, *words]]])).logits.detach() / 0.7
         logits[:, [PAD, START, UNKNOWN]] = float("-inf")
         logits[0, END] = float("-inf")
@@ -221,9 +221,9 @@ def test_the_regions_that_were_drawn_for_a_caption_can_be_seen_again(annotations
     assert not torch.allclose(told_by(other), told[..., 1:], atol=1e-2)
     chosen = again.alpha[:, :, :, 0].log().gather(3, drawn[..., :1].clamp(min=0)).squeeze(3)
     if kind == "lstm":
-        here = again.real & ~expected[:, None, None]
-        assert torch.allclose(again.choice[here], chosen[here], atol=1e-5)
-        assert (again.choice[~here] == 0).all()
+        here = again.mask & ~expected[:, None, None]
+        assert torch.allclose(again.choice_log_probability[here], chosen[here], atol=1e-5)
+        assert (again.choice_log_probability[~here] == 0).all()
 
 
 @pytest.mark.parametrize("search", [beam_search, lambda *args: sample(*args, samples=3, seed=0)])
@@ -240,7 +240,7 @@ def test_hypotheses_come_best_first_and_are_all_different(decoder, annotations):
     found = beam_search(decoder, annotations, beam_size=5)
     assert (found.scores.diff(dim=1) <= 0).all()
     for image in range(6):
-        assert len({tuple(said(found, image, row)) for row in range(5)}) == 5
+        assert len({tuple(caption_of(found, image, row)) for row in range(5)}) == 5
 
 
 def test_a_larger_length_penalty_gives_longer_captions(decoder, annotations):
@@ -259,7 +259,7 @@ def test_no_run_of_words_comes_twice_where_that_is_blocked(annotations, n):
     sampled = sample(net, annotations, samples=2, max_length=5, block_ngrams=n)
 
     def repeats(found):
-        captions = [said(found, image, row) for image in range(6) for row in range(2)]
+        captions = [caption_of(found, image, row) for image in range(6) for row in range(2)]
         runs = [[tuple(caption[i : i + n]) for i in range(len(caption) - n + 1)] for caption in captions]
         return sum(len(of_one) - len(set(of_one)) for of_one in runs)
 
@@ -296,15 +296,15 @@ def test_without_a_seed_images_draw_independently(decoder, annotations):
 def test_a_temperature_near_zero_is_greedy(decoder, annotations, temperature):
     greedy = beam_search(decoder, annotations, beam_size=1)
     cold = sample(decoder, annotations, temperature=temperature, seed=3)
-    assert [said(cold, image) for image in range(6)] == [said(greedy, image) for image in range(6)]
+    assert [caption_of(cold, image) for image in range(6)] == [caption_of(greedy, image) for image in range(6)]
 
 
 def test_words_are_drawn_as_often_as_they_are_likely(decoder, annotations):
     many = annotations[:1].expand(4000, -1, -1)
     torch.manual_seed(0)
     drawn = sample(decoder, many, max_length=1).words[:, 0, 0]
-    scene = decoder.look(annotations[:1])
-    logits = decoder.step(scene, decoder.initial_state(scene, 1), torch.tensor([[START]])).logits[0, 0].detach()
+    memory = decoder.encode(annotations[:1])
+    logits = decoder.step(memory, decoder.initial_state(memory, 1), torch.tensor([[START]])).logits[0, 0].detach()
     logits[[PAD, START, UNKNOWN, END]] = float("-inf")
     expected = logits.softmax(dim=0)
     assert torch.allclose(torch.bincount(drawn, minlength=30) / 4000, expected, atol=0.04)

@@ -10,7 +10,7 @@ import torch
 from test_training import assert_same_run, losses
 
 from captioner import Captioner
-from captioner.decoder import TeacherForced
+from captioner.network.decoder import TeacherForced
 from training.batches import EpochBatches, FeatureSource
 from training.losses import caption_loss
 from training.train import main

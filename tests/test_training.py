@@ -26,10 +26,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from captioner import Captioner
-from captioner.attention import MECHANISMS
 from captioner.checkpoint import load_checkpoint, load_tensors, save_tensors
-from captioner.encoder import Encoder
 from captioner.images import Preprocessing
+from captioner.network.attention import MECHANISMS
+from captioner.network.encoder import Encoder
 from captioner.search import gather_rows
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
 from training import features, trainer
@@ -407,7 +407,7 @@ def test_captions_are_learnt_by_the_network_that_drew_them(options, tmp_path, mo
         steps = told.shape[2]
         again = word_log_probabilities(output, excluded=(PAD, START, UNKNOWN))[..., 1 : 1 + steps]
         assert torch.allclose(again, told, atol=1e-4)
-        checked.append((output.choice is not None, found.drawn is not None))
+        checked.append((output.choice_log_probability is not None, found.drawn is not None))
         return loss(output, *rest)
 
     monkeypatch.setattr(trainer, "sample", remembered)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from captioner.transformer import AnnotationLayer, AnnotationTransformer, TransformerDecoder, sinusoids
+from captioner.network.transformer import AnnotationLayer, AnnotationTransformer, TransformerDecoder, sinusoids
 from captioner.vocabulary import PAD, START
 
 SIZE, HEADS, WORDS = 16, 4, 11
@@ -100,7 +100,7 @@ def test_the_decoder_is_torchs_decoder():
     real = targets != PAD
     assert torch.allclose(result.logits, logits.view(2, 3, steps, WORDS)[real], atol=1e-5)
     assert torch.equal(result.targets, targets[real])
-    assert torch.equal(result.real, real)
+    assert torch.equal(result.mask, real)
     assert result.alpha.shape == (2, 3, steps, 2 * HEADS, 5)
     assert torch.allclose(result.alpha.sum(dim=-1), real[..., None].expand(-1, -1, -1, 2 * HEADS).float(), atol=1e-5)
     assert (result.alpha[1, ..., 3:] == 0).all()
@@ -113,11 +113,11 @@ def test_cached_steps_are_what_reading_the_whole_caption_gives(attention):
     annotations, captions = torch.randn(2, 5, 10), captions_of()[:, :2]
     captions[captions == PAD] = 5
     whole = decoder(annotations, captions)
-    scenes = decoder.look(annotations)
-    state = decoder.initial_state(scenes, 2)
+    memories = decoder.encode(annotations)
+    state = decoder.initial_state(memories, 2)
     logits = whole.logits.view(2, 2, 6, WORDS)
     for t in range(6):
-        step = decoder.step(scenes, state, captions[..., t])
+        step = decoder.step(memories, state, captions[..., t])
         state = step.state
         assert torch.allclose(step.logits, logits[:, :, t], atol=1e-5)
         assert torch.allclose(step.alpha, whole.alpha[:, :, t], atol=1e-6)
@@ -141,9 +141,9 @@ def test_hard_cross_attention_tells_what_it_drew():
     captions = captions_of()
     torch.manual_seed(2)
     output = decoder(torch.randn(2, 5, SIZE), captions)
-    assert output.choice.shape == output.real.shape
-    assert (output.choice[~output.real] == 0).all()
-    assert (output.choice <= 0).all()
+    assert output.choice_log_probability.shape == output.mask.shape
+    assert (output.choice_log_probability[~output.mask] == 0).all()
+    assert (output.choice_log_probability <= 0).all()
 
 
 def test_tied_embeddings_have_no_output_matrix():

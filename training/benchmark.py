@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from captioner.api import Captioner
 from captioner.checkpoint import CheckpointError
-from captioner.decoder import AttentionLSTM, State
-from captioner.model import ShowAttendTell
+from captioner.network.decoder import AttentionLSTM, State
+from captioner.network.model import ShowAttendTell
 from captioner.pretrained import DEFAULT_MODEL
 from captioner.search import allowed, beam_search
 from captioner.vocabulary import END, PAD, START

@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image
 
 from captioner.api import Captioner
-from captioner.checkpoint import CheckpointError, replacing
+from captioner.checkpoint import CheckpointError
+from captioner.files import replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
 from training.config import TrainConfig, parse_arguments

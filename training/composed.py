@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captioner.decoder import TeacherForced
+from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import PAD, SPECIAL
 from training.losses import word_log_probabilities
 
@@ -82,15 +82,15 @@ def add_composed(images: Tensor, captions: Tensor, composed: Composed) -> tuple[
 
 def split_composed(output: TeacherForced, count: int, rows: int) -> tuple[TeacherForced, TeacherForced]:
     """What the model gave for the first `count` images, of `rows` captions each, and for the pictures behind them."""
-    words = int(output.real[:count].sum())
+    words = int(output.mask[:count].sum())
     parts = ((slice(words), slice(count), rows), (slice(words, None), slice(count, None), 2 * ROWS))
     batch, behind = (
         TeacherForced(
             output.logits[of_words],
             output.targets[of_words],
             output.alpha[images, :kept],
-            output.real[images, :kept],
-            None if output.choice is None else output.choice[images, :kept],
+            output.mask[images, :kept],
+            None if output.choice_log_probability is None else output.choice_log_probability[images, :kept],
         )
         for of_words, images, kept in parts
     )
@@ -125,10 +125,10 @@ def composed_loss(output: TeacherForced, own: Tensor, content: Tensor, pointing:
         content: (vocabulary,), from `content_words`.
         pointing: weight of the second term.
     """
-    named = torch.zeros_like(output.real).masked_scatter(output.real, content[output.targets])
+    named = torch.zeros_like(output.mask).masked_scatter(output.mask, content[output.targets])
     share = torch.einsum("prtk,prk->prt", output.alpha.mean(dim=3), own.to(output.alpha))
     chosen = chosen_rows(share.detach(), named)[..., None]
-    likelihood = (word_log_probabilities(output) * chosen).sum() / (output.real & chosen).sum().clamp(min=1)
+    likelihood = (word_log_probabilities(output) * chosen).sum() / (output.mask & chosen).sum().clamp(min=1)
     named = named & chosen
     there = (share.clamp(min=1e-6).log() * named).sum() / named.sum().clamp(min=1)
     return -likelihood - pointing * there

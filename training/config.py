@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from captioner.attention import MECHANISMS
-from captioner.model import DECODERS
+from captioner.network.attention import MECHANISMS
+from captioner.network.model import DECODERS
 from captioner.search import BEAM_SIZE, MAX_LENGTH
 
 

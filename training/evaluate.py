@@ -15,9 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from captioner.api import Caption, Captioner
-from captioner.checkpoint import CheckpointError, replacing
+from captioner.api import Captioner
+from captioner.captions import Caption
+from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
+from captioner.files import replacing
 from captioner.heatmap import shrink
 from captioner.images import ImageError
 from captioner.pretrained import DEFAULT_MODEL

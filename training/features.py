@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from captioner.encoder import Encoder
 from captioner.images import ImageError, load_image
+from captioner.network.encoder import Encoder
 from training.batches import ImageSource
 from training.datasets import CaptionedImage
 from training.distributed import Distributed

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from captioner.checkpoint import replacing
+from captioner.files import replacing
 
 
 class History:

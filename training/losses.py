@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from captioner.decoder import TeacherForced
+from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import PAD, START, UNKNOWN
 
 
@@ -29,13 +29,13 @@ def caption_loss(
         doubly_stochastic: lambda.
         weights: (images,), how often each image's captions count; None for once.
     """
-    weights = output.alpha.new_ones(output.real.shape[0]) if weights is None else weights
+    weights = output.alpha.new_ones(output.mask.shape[0]) if weights is None else weights
     cross_entropy = nn.functional.cross_entropy(
         output.logits, output.targets, label_smoothing=label_smoothing, reduction="none"
     )
-    cross_entropy = (cross_entropy * weights[:, None, None].expand(output.real.shape)[output.real]).sum()
+    cross_entropy = (cross_entropy * weights[:, None, None].expand(output.mask.shape)[output.mask]).sum()
     looked_at = output.alpha.sum(dim=2).mean(dim=2)  # over the words, then over the heads: (images, rows, regions)
-    said = output.real.any(dim=2) * weights[:, None]  # rows that are only padding have no caption
+    said = output.mask.any(dim=2) * weights[:, None]  # rows that are only padding have no caption
     uneven = ((1 - looked_at).square().sum(dim=-1) * said).sum()
     return cross_entropy / max(words, 1) + doubly_stochastic * uneven / max(captions, 1)
 
@@ -51,7 +51,7 @@ def word_log_probabilities(output: TeacherForced, excluded: tuple[int, ...] = ()
     if excluded:
         logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), float("-inf"))
     log_probabilities = -nn.functional.cross_entropy(logits, output.targets, reduction="none")
-    return log_probabilities.new_zeros(output.real.shape).masked_scatter(output.real, log_probabilities)
+    return log_probabilities.new_zeros(output.mask.shape).masked_scatter(output.mask, log_probabilities)
 
 
 def hard_attention_loss(
@@ -68,7 +68,7 @@ def hard_attention_loss(
     `caption_loss`, to which this is added.
 
     Args:
-        output: what the model gave, with `choice`.
+        output: what the model gave, with `choice_log_probability`.
         told: (images, rows, steps), log p of each word, from `word_log_probabilities`; taken as it is.
         words: words in the whole batch, over all processes.
         baseline: moving average of a word's log-probability; None at the first step, which only fills it.
@@ -76,10 +76,10 @@ def hard_attention_loss(
             drowns that of the words unless it is made smaller.
         entropy: lambda_e.
     """
-    assert output.choice is not None, "only hard attention draws regions"
-    surprise = (told.detach() - (baseline or 0.0)) * output.real
+    assert output.choice_log_probability is not None, "only hard attention draws regions"
+    surprise = (told.detach() - (baseline or 0.0)) * output.mask
     to_come = surprise.flip(2).cumsum(dim=2).flip(2) if baseline is not None else torch.zeros_like(surprise)
-    chosen = (to_come * output.choice).sum()
+    chosen = (to_come * output.choice_log_probability).sum()
     spread = -torch.special.xlogy(output.alpha, output.alpha.clamp(min=1e-30)).sum()
     return -(reinforce * chosen + entropy * spread) / max(words, 1)
 
@@ -96,6 +96,6 @@ def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) 
         captions: captions in the whole batch, over all processes.
     """
     log_probabilities = word_log_probabilities(output, excluded=(PAD, START, UNKNOWN)).sum(dim=2)
-    if output.choice is not None:
-        log_probabilities = log_probabilities + output.choice.sum(dim=2)
+    if output.choice_log_probability is not None:
+        log_probabilities = log_probabilities + output.choice_log_probability.sum(dim=2)
     return -(advantage * log_probabilities).sum() / max(captions, 1)

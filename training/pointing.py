@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from captioner.api import Caption, Captioner
+from captioner.api import Captioner
+from captioner.captions import Caption
 from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
 from captioner.heatmap import upsample

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from captioner.api import Caption
-from captioner.checkpoint import replacing
+from captioner.captions import Caption
+from captioner.files import replacing
 from captioner.heatmap import shrink
 from training.datasets import CaptionedImage
 

@@ -16,9 +16,9 @@ import torch
 
 from captioner.api import find_model
 from captioner.checkpoint import CheckpointError, load_checkpoint
-from captioner.encoder import normalisation
 from captioner.images import Preprocessing
-from captioner.model import ModelConfig, ShowAttendTell
+from captioner.network.encoder import normalisation
+from captioner.network.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training.batches import BlankSource, FeatureSource, ImageSource, MapSource, Source, encode_captions
 from training.config import TrainConfig, data_weights, parse_arguments

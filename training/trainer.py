@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from captioner.attention import EXPECTED, HardAttention
 from captioner.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -28,9 +27,10 @@ from captioner.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from captioner.decoder import TeacherForced
 from captioner.images import Preprocessing
-from captioner.model import ShowAttendTell
+from captioner.network.attention import EXPECTED, HardAttention
+from captioner.network.decoder import TeacherForced
+from captioner.network.model import ShowAttendTell
 from captioner.search import BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH, beam_search, gather_rows, sample
 from captioner.vocabulary import END, PAD, SPECIAL, START, Vocabulary
 from training.batches import Batch, EpochBatches, ImageSource, Source, encode_captions
@@ -315,7 +315,7 @@ class Trainer:
             config.doubly_stochastic,
             batch.image_weights.to(device),
         )
-        if output.choice is None:
+        if output.choice_log_probability is None:
             return loss, loss.new_zeros(())
         told = word_log_probabilities(output).detach()
         hard = hard_attention_loss(
@@ -357,7 +357,7 @@ class Trainer:
         replaced = (torch.rand(drawn.shape, device=drawn.device) < share) & (output.targets != END)
         words = torch.where(replaced, drawn, output.targets)
         inputs = captions.clone()
-        inputs[..., 1:] = captions[..., 1:].masked_scatter(output.real, words)
+        inputs[..., 1:] = captions[..., 1:].masked_scatter(output.mask, words)
         return inputs
 
     def draw_regions(self) -> None:

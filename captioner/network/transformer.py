@@ -9,8 +9,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from captioner.attention import Attended, build_attention, merge_heads, split_heads
-from captioner.decoder import Scene, Step, TeacherForced
+from captioner.network.attention import Attended, build_attention, merge_heads, split_heads
+from captioner.network.decoder import Memory, Step, TeacherForced
 from captioner.vocabulary import PAD
 
 
@@ -53,12 +53,12 @@ class SelfAttention(nn.Module):
         if past is not None:
             present = torch.cat([past, present], dim=1)
         key, value = (split_heads(part, self.heads) for part in present.chunk(2, dim=-1))
-        seen = None if mask is None else mask[:, None, None, :]
+        visible = None if mask is None else mask[:, None, None, :]
         if causal and x.shape[1] > 1:
             everything = torch.ones(x.shape[1], present.shape[1], dtype=torch.bool, device=x.device)
-            seen = everything.tril(present.shape[1] - x.shape[1])
+            visible = everything.tril(present.shape[1] - x.shape[1])
         gathered = nn.functional.scaled_dot_product_attention(
-            split_heads(self.query(x), self.heads), key, value, attn_mask=seen
+            split_heads(self.query(x), self.heads), key, value, attn_mask=visible
         )
         return self.out(merge_heads(gathered)), present
 
@@ -126,7 +126,7 @@ class DecoderLayer(nn.Module):
     Args:
         size, channels: of the layer's own vectors, and of the annotation vectors.
         heads: of the self-attention, and of the cross-attention where its mechanism has several.
-        attention, attention_size, hard_inference: the cross-attention, see `captioner.attention.build_attention`.
+        attention, attention_size, hard_inference: the cross-attention, see `build_attention`.
         dropout: share of each sub-layer's output dropped in training.
     """
 
@@ -149,14 +149,14 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, past: Tensor | None, scene: Scene, drawn: Tensor | None = None
+        self, x: Tensor, past: Tensor | None, memory: Memory, drawn: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Attended]:
         """Read new words of each caption.
 
         Args:
             x: (images, rows, new, size).
             past: (images, rows, steps, 2 * size), keys and values of the words before; None where there are none.
-            scene: the image's annotation vectors with this layer's keys.
+            memory: the image's annotation vectors with this layer's keys.
             drawn: (images, rows, new), regions to be seen, where attention draws them; None for it to draw.
 
         Returns:
@@ -168,21 +168,23 @@ class DecoderLayer(nn.Module):
         x = x + self.dropout(back.unflatten(0, (images, rows)))
         # Every place of every caption looks for itself: to the mechanism they are rows of one image.
         drawn = None if drawn is None else drawn.flatten(1, 2)
-        seen = self.attention(self.norms[1](x).flatten(1, 2), scene.keys, scene.annotations, scene.mask, drawn)
-        context, alpha, choice, region = (None if part is None else part.unflatten(1, (rows, new)) for part in seen)
+        attended = self.attention(self.norms[1](x).flatten(1, 2), memory.keys, memory.annotations, memory.mask, drawn)
+        context, alpha, choice_log_probability, region = (
+            None if part is None else part.unflatten(1, (rows, new)) for part in attended
+        )
         x = x + self.dropout(self.read(context))
         x = x + self.dropout(self.feed_forward(self.norms[2](x)))
         return (
             x,
             present.unflatten(0, (images, rows)),
-            Attended(cast(Tensor, context), cast(Tensor, alpha), choice, region),
+            Attended(cast(Tensor, context), cast(Tensor, alpha), choice_log_probability, region),
         )
 
 
 class TransformerDecoder(nn.Module):
     """A Transformer that looks at the annotation vectors in each of its layers (Vaswani et al. 2017, section 3.1).
 
-    It has the methods of `captioner.decoder.AttentionLSTM`, takes any of the attention mechanisms as
+    It has the methods of `captioner.network.decoder.AttentionLSTM`, takes any of the attention mechanisms as
     cross-attention, and is searched and drawn the same way. The maps of all layers are kept: alpha has
     layers * heads of them, the first layer's first.
 
@@ -190,7 +192,7 @@ class TransformerDecoder(nn.Module):
         vocabulary_size, channels, attention, attention_size, dropout, tie_embeddings: as in `AttentionLSTM`.
         hidden_size: size of the vectors that the layers hand on, word embeddings included.
         layers, heads: how many; see `DecoderLayer`.
-        hard_inference: see `captioner.attention.HardAttention`.
+        hard_inference: see `captioner.network.attention.HardAttention`.
     """
 
     def __init__(
@@ -224,25 +226,25 @@ class TransformerDecoder(nn.Module):
         if self.output_weight is not None:
             nn.init.normal_(self.output_weight, std=hidden_size**-0.5)
 
-    def look(self, annotations: Tensor, mask: Tensor | None = None) -> tuple[Scene, ...]:
-        """All that depends on the images alone, computed once: a scene for each layer.
+    def encode(self, annotations: Tensor, mask: Tensor | None = None) -> tuple[Memory, ...]:
+        """All that depends on the images alone, computed once: a memory for each layer.
 
         Args:
             annotations: (images, regions, channels).
             mask: (images, regions), True where a region is real; None where all are.
         """
         attentions = (cast(DecoderLayer, layer).attention for layer in self.layers)
-        return tuple(Scene(annotations, attention.keys(annotations), mask) for attention in attentions)
+        return tuple(Memory(annotations, attention.keys(annotations), mask) for attention in attentions)
 
-    def initial_state(self, scenes: tuple[Scene, ...], rows: int) -> Past:
+    def initial_state(self, memories: tuple[Memory, ...], rows: int) -> Past:
         """No words yet."""
-        annotations = scenes[0].annotations
+        annotations = memories[0].annotations
         size = self.embedding.embedding_dim
         return Past(annotations.new_empty(annotations.shape[0], rows, len(self.layers), 0, 2 * size))
 
-    def step(self, scenes: tuple[Scene, ...], state: Past, words: Tensor) -> Step:
+    def step(self, memories: tuple[Memory, ...], state: Past, words: Tensor) -> Step:
         """Read one word and score the next one; see `AttentionLSTM.step`. There is no beta gate: beta is None."""
-        x, presents, alpha, _, drawn = self.read(scenes, words[..., None], state.keys_values)
+        x, presents, alpha, _, drawn = self.read(memories, words[..., None], state.keys_values)
         drawn = None if drawn is None else drawn[:, :, 0]
         return Step(self.predict(x[:, :, 0]), Past(torch.stack(presents, dim=2)), alpha[:, :, 0], None, drawn)
 
@@ -257,19 +259,25 @@ class TransformerDecoder(nn.Module):
         """Read whole captions, all words at once; see `AttentionLSTM.forward`."""
         inputs = (captions if inputs is None else inputs)[..., :-1]
         targets = captions[..., 1:]
-        real = targets != PAD
-        x, _, alpha, choice, _ = self.read(self.look(annotations, mask), inputs, None, drawn)
-        if choice is not None:
-            choice = choice * real
-        return TeacherForced(self.predict(x[real]), targets[real], alpha * real[..., None, None], real, choice)
+        word_mask = targets != PAD
+        x, _, alpha, choice_log_probability, _ = self.read(self.encode(annotations, mask), inputs, None, drawn)
+        if choice_log_probability is not None:
+            choice_log_probability = choice_log_probability * word_mask
+        return TeacherForced(
+            self.predict(x[word_mask]),
+            targets[word_mask],
+            alpha * word_mask[..., None, None],
+            word_mask,
+            choice_log_probability,
+        )
 
     def read(
-        self, scenes: tuple[Scene, ...], words: Tensor, past: Tensor | None, drawn: Tensor | None = None
+        self, memories: tuple[Memory, ...], words: Tensor, past: Tensor | None, drawn: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None, Tensor | None]:
         """New words through all layers.
 
         Args:
-            scenes: what `look` gave.
+            memories: what `encode` gave.
             words: (images, rows, new).
             past: (images, rows, layers, steps, 2 * size); see `Past`.
             drawn: (images, rows, new, layers), regions to be seen; None for attention to draw them, where it does.
@@ -282,17 +290,23 @@ class TransformerDecoder(nn.Module):
         first = 0 if past is None else past.shape[3]
         places = sinusoids(first, words.shape[2], size).to(self.embedding.weight)
         x = self.dropout(self.embedding(words) * size**0.5 + places)
-        presents, seen = [], []
-        for number, (layer, scene) in enumerate(zip(self.layers, scenes, strict=True)):
+        presents, per_layer = [], []
+        for number, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
             before = None if past is None else past[:, :, number]
-            x, present, found = layer(x, before, scene, None if drawn is None else drawn[..., number])
+            x, present, attended = layer(x, before, memory, None if drawn is None else drawn[..., number])
             presents.append(present)
-            seen.append(found)
-        alpha = torch.cat([found.alpha for found in seen], dim=3)
-        if seen[0].choice is None:
+            per_layer.append(attended)
+        alpha = torch.cat([attended.alpha for attended in per_layer], dim=3)
+        if per_layer[0].choice_log_probability is None:
             return x, presents, alpha, None, None
-        choice = torch.stack([found.choice for found in seen]).sum(dim=0)
-        return x, presents, alpha, choice, torch.stack([found.drawn for found in seen], dim=-1)
+        choice_log_probability = torch.stack([attended.choice_log_probability for attended in per_layer]).sum(dim=0)
+        return (
+            x,
+            presents,
+            alpha,
+            choice_log_probability,
+            torch.stack([attended.drawn for attended in per_layer], dim=-1),
+        )
 
     def predict(self, x: Tensor) -> Tensor:
         """Scores of the next word, (..., vocabulary)."""

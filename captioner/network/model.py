@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captioner.decoder import AttentionLSTM, TeacherForced
-from captioner.encoder import Encoder
-from captioner.transformer import AnnotationTransformer, TransformerDecoder
+from captioner.network.decoder import AttentionLSTM, TeacherForced
+from captioner.network.encoder import Encoder
+from captioner.network.transformer import AnnotationTransformer, TransformerDecoder
 
 DECODERS = ("lstm", "transformer")
 
@@ -18,11 +18,11 @@ DECODERS = ("lstm", "transformer")
 class ModelConfig:
     """Everything needed to build the network again, as plain data.
 
-    encoder, node, grid: see `captioner.encoder.Encoder`.
+    encoder, node, grid: see `captioner.network.encoder.Encoder`.
     encoder_self_attention: layers in which the annotation vectors attend to each other before the decoder reads
         them; 0 for none, as in the paper.
     decoder: "lstm", the paper's, or "transformer".
-    attention: name of the attention mechanism, a key of `captioner.attention.MECHANISMS`.
+    attention: name of the attention mechanism, a key of `captioner.network.attention.MECHANISMS`.
     annotation_size: size of the annotation vectors that the decoder reads, a learnt projection of the encoder's
         channels; 0 to read these as they are, as the paper does.
     embedding_size: size of word embeddings; a transformer's are of hidden_size.

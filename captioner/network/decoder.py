@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captioner.attention import Attended, build_attention
+from captioner.network.attention import Attended, build_attention
 from captioner.vocabulary import PAD
 
 
-class Scene(NamedTuple):
+class Memory(NamedTuple):
     """What the decoder reads of a batch of images at every step, and computes once.
 
     annotations: (images, regions, channels), what is looked at.
@@ -36,7 +36,7 @@ class Step(NamedTuple):
     state: the state after it.
     alpha: (images, rows, heads, regions), where it looked; sums to 1 over the regions.
     beta: (images, rows), how far the context vector was let in, 0 to 1; None where there is no such gate.
-    drawn: (images, rows, layers), the region that each layer's attention drew; see `captioner.attention.Attended`.
+    drawn: (images, rows, layers), the region that each layer's attention drew; see `Attended`.
     """
 
     logits: Tensor
@@ -52,16 +52,16 @@ class TeacherForced(NamedTuple):
     logits: (N, vocabulary), scores of those words, caption by caption.
     targets: (N,), the words that stood there.
     alpha: (images, rows, steps, heads, regions), zero after a caption's end.
-    real: (images, rows, steps), True at the N words.
-    choice: (images, rows, steps), logarithm of the probability of the regions that were drawn, zero after a
-        caption's end; None unless attention draws (`captioner.attention.HardAttention`).
+    mask: (images, rows, steps), True at the N words.
+    choice_log_probability: (images, rows, steps), logarithm of the probability of the regions that were drawn, zero
+        after a caption's end; None unless attention draws (`captioner.network.attention.HardAttention`).
     """
 
     logits: Tensor
     targets: Tensor
     alpha: Tensor
-    real: Tensor
-    choice: Tensor | None = None
+    mask: Tensor
+    choice_log_probability: Tensor | None = None
 
 
 class AttentionLSTM(nn.Module):
@@ -80,7 +80,7 @@ class AttentionLSTM(nn.Module):
     Args:
         vocabulary_size: number of words, special ones included.
         channels: size of an annotation vector.
-        attention: name of the attention mechanism (see `captioner.attention`).
+        attention: name of the attention mechanism (see `captioner.network.attention`).
         embedding_size, hidden_size, attention_size: sizes of E y, of h and c, and of the keys.
         dropout: share of the word embedding and of the output layer's input dropped in training.
         tie_embeddings: whether L_o and E are one matrix (Press and Wolf 2017).
@@ -126,7 +126,7 @@ class AttentionLSTM(nn.Module):
         if self.output_weight is not None:
             nn.init.normal_(self.output_weight, std=embedding_size**-0.5)
 
-    def look(self, annotations: Tensor, mask: Tensor | None = None) -> Scene:
+    def encode(self, annotations: Tensor, mask: Tensor | None = None) -> Memory:
         """All that depends on the images alone, computed once.
 
         Args:
@@ -134,24 +134,24 @@ class AttentionLSTM(nn.Module):
             mask: (images, regions), True where a region is real; None where all are.
         """
         self.forget_changed_words()
-        return Scene(annotations, self.attention.keys(annotations), mask)
+        return Memory(annotations, self.attention.keys(annotations), mask)
 
-    def initial_state(self, scene: Scene, rows: int) -> State:
+    def initial_state(self, memory: Memory, rows: int) -> State:
         """h_0 and c_0 from the mean annotation vector, the same for each of an image's rows."""
-        if scene.mask is None:
-            mean = scene.annotations.mean(dim=1, keepdim=True)
+        if memory.mask is None:
+            mean = memory.annotations.mean(dim=1, keepdim=True)
         else:
-            real = scene.mask.to(scene.annotations.dtype)
-            mean = (real / real.sum(dim=1, keepdim=True))[:, None, :] @ scene.annotations
+            weights = memory.mask.to(memory.annotations.dtype)
+            mean = (weights / weights.sum(dim=1, keepdim=True))[:, None, :] @ memory.annotations
         hidden = torch.tanh(self.initial_hidden(mean))
         cell = torch.tanh(self.initial_cell(mean))
         return State(hidden.expand(-1, rows, -1), cell.expand(-1, rows, -1))
 
-    def step(self, scene: Scene, state: State, words: Tensor) -> Step:
+    def step(self, memory: Memory, state: State, words: Tensor) -> Step:
         """Read one word and score the next one.
 
         Args:
-            scene: what `look` gave.
+            memory: what `encode` gave.
             state: (images, rows, ...), from `initial_state` or the step before.
             words: (images, rows), ids of the words last said; `START` at first.
         """
@@ -160,9 +160,9 @@ class AttentionLSTM(nn.Module):
             word_gates = self.word_to_gates(embedded)
         else:
             word_gates = nn.functional.embedding(words, self.gates_of_words)
-        state, seen, beta = self.advance(scene, state, word_gates)
-        drawn = None if seen.drawn is None else seen.drawn[..., None]
-        return Step(self.predict(embedded, state.hidden, seen.context), state, seen.alpha, beta, drawn)
+        state, attended, beta = self.advance(memory, state, word_gates)
+        drawn = None if attended.drawn is None else attended.drawn[..., None]
+        return Step(self.predict(embedded, state.hidden, attended.context), state, attended.alpha, beta, drawn)
 
     def forward(
         self,
@@ -183,44 +183,48 @@ class AttentionLSTM(nn.Module):
             drawn: (images, rows, length - 1, layers), the regions to be seen before each word, as a search drew
                 them (`captioner.search.Hypotheses`); None for attention to draw its own, where it draws.
         """
-        scene = self.look(annotations, mask)
+        memory = self.encode(annotations, mask)
         inputs = (captions if inputs is None else inputs)[..., :-1]
         targets = captions[..., 1:]
-        real = targets != PAD
+        word_mask = targets != PAD
         # At each step only the rows that still have a word to say, in any image, are computed.
-        rows_left = [int(rows) for rows in real.flip(1).cummax(dim=1)[0].any(dim=0).sum(dim=0)]
+        rows_left = [int(rows) for rows in word_mask.flip(1).cummax(dim=1)[0].any(dim=0).sum(dim=0)]
         embedded = self.dropout(self.embedding(inputs))
         word_gates = self.word_to_gates(embedded)
 
-        state = self.initial_state(scene, captions.shape[1])
-        hiddens, contexts, alphas, choices = [], [], [], []
+        state = self.initial_state(memory, captions.shape[1])
+        hiddens, contexts, alphas, choice_log_probabilities = [], [], [], []
         for t, (rows, gates) in enumerate(zip(rows_left, word_gates.unbind(dim=2), strict=True)):
             state = State(state.hidden[:, :rows], state.cell[:, :rows])
             regions = None if drawn is None else drawn[:, :rows, t, 0]
-            state, seen, _ = self.advance(scene, state, gates[:, :rows], regions)
+            state, attended, _ = self.advance(memory, state, gates[:, :rows], regions)
             absent = captions.shape[1] - rows
             hiddens.append(nn.functional.pad(state.hidden, (0, 0, 0, absent)))
-            contexts.append(nn.functional.pad(seen.context, (0, 0, 0, absent)))
-            alphas.append(nn.functional.pad(seen.alpha, (0, 0, 0, 0, 0, absent)))
-            if seen.choice is not None:
-                choices.append(nn.functional.pad(seen.choice, (0, absent)))
+            contexts.append(nn.functional.pad(attended.context, (0, 0, 0, absent)))
+            alphas.append(nn.functional.pad(attended.alpha, (0, 0, 0, 0, 0, absent)))
+            if attended.choice_log_probability is not None:
+                choice_log_probabilities.append(nn.functional.pad(attended.choice_log_probability, (0, absent)))
         hidden, context, alpha = (torch.stack(parts, dim=2) for parts in (hiddens, contexts, alphas))
-        logits = self.predict(embedded[real], hidden[real], context[real])
-        choice = torch.stack(choices, dim=2) * real if choices else None
-        return TeacherForced(logits, targets[real], alpha * real[..., None, None], real, choice)
+        logits = self.predict(embedded[word_mask], hidden[word_mask], context[word_mask])
+        choice_log_probability = (
+            torch.stack(choice_log_probabilities, dim=2) * word_mask if choice_log_probabilities else None
+        )
+        return TeacherForced(
+            logits, targets[word_mask], alpha * word_mask[..., None, None], word_mask, choice_log_probability
+        )
 
     def advance(
-        self, scene: Scene, state: State, word_gates: Tensor, drawn: Tensor | None = None
+        self, memory: Memory, state: State, word_gates: Tensor, drawn: Tensor | None = None
     ) -> tuple[State, Attended, Tensor]:
         """The recurrence: the new state, what was seen (its context vector gated), and beta."""
-        seen = self.attention(state.hidden, scene.keys, scene.annotations, scene.mask, drawn)
+        attended = self.attention(state.hidden, memory.keys, memory.annotations, memory.mask, drawn)
         beta = torch.sigmoid(self.beta(state.hidden))
-        context = beta * seen.context
+        context = beta * attended.context
         gates = word_gates + self.state_to_gates(torch.cat([context, state.hidden], dim=-1))
         write, forget, read, candidate = gates.chunk(4, dim=-1)
         cell = torch.sigmoid(forget) * state.cell + torch.sigmoid(write) * torch.tanh(candidate)
         hidden = torch.sigmoid(read) * torch.tanh(cell)
-        return State(hidden, cell), seen._replace(context=context), beta.squeeze(-1)
+        return State(hidden, cell), attended._replace(context=context), beta.squeeze(-1)
 
     def predict(self, embedded: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """The deep output layer (equation 7): scores of the next word, (..., vocabulary)."""

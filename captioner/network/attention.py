@@ -3,7 +3,7 @@
 Every mechanism is a module with the same two methods. `keys` is called once an image, `forward` once a word:
 
     keys = attention.keys(annotations)
-    context, alpha, choice, drawn = attention(hidden, keys, annotations, mask)
+    context, alpha, choice_log_probability, drawn = attention(hidden, keys, annotations, mask)
 
 Shapes: annotations (images, regions, channels); hidden (images, rows, hidden), where the rows of an image are its
 captions in training and its beams in search, so that they share annotations and keys without a copy;
@@ -24,14 +24,14 @@ class Attended(NamedTuple):
 
     context: (images, rows, channels), the context vector z.
     alpha: (images, rows, heads, regions), the weights; each head's sum to 1 over the regions.
-    choice: (images, rows), logarithm of the probability of the region that was drawn, which `hard` attention learns
-        from; None where nothing is left to chance.
+    choice_log_probability: (images, rows), logarithm of the probability of the region that was drawn, from which
+        `hard` attention learns; None where nothing is drawn.
     drawn: (images, rows), that region, or `EXPECTED` where the expected context vector was seen; None likewise.
     """
 
     context: Tensor
     alpha: Tensor
-    choice: Tensor | None = None
+    choice_log_probability: Tensor | None = None
     drawn: Tensor | None = None
 
 
@@ -66,11 +66,11 @@ class Attention(nn.Module):
             drawn: (images, rows), what an earlier call gave as `Attended.drawn`, for the same regions to be seen
                 again; None to draw. Only `hard` attention draws.
         """
-        alpha = only_real(self.scores(hidden, keys), mask).softmax(dim=-1)
+        alpha = masked_scores(self.scores(hidden, keys), mask).softmax(dim=-1)
         return Attended(alpha @ annotations, alpha.unsqueeze(2))
 
 
-def only_real(scores: Tensor, mask: Tensor | None) -> Tensor:
+def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
     """Scores (images, rows, regions) with those of regions that are not real at minus infinity."""
     return scores if mask is None else scores.masked_fill(~mask[:, None, :], float("-inf"))
 
@@ -121,9 +121,9 @@ class HardAttention(AdditiveAttention):
         s ~ Multinomial(alpha),  z = a_s,  with alpha as in `AdditiveAttention`
 
     No gradient passes through a draw: `alpha` learns by REINFORCE (equation 11, with the moving-average baseline
-    and the entropy term that follow it; see `training.losses.hard_attention_loss`), from `Attended.choice`. To
-    lessen its variance each image is, with probability one half, seen by the expected context vector instead
-    (end of section 4.1), for all words of all its captions: the coin is tossed by `keys`.
+    and the entropy term that follow it; see `training.losses.hard_attention_loss`), from
+    `Attended.choice_log_probability`. To reduce its variance, each image is with probability one half read through
+    the expected context vector instead (end of section 4.1), for all words of all its captions: `keys` decides.
 
     Without training the region of the greatest weight is seen, or the expected context vector; `alpha` are then
     the weights that were used: 1 for that region, or the distribution itself.
@@ -163,7 +163,7 @@ class HardAttention(AdditiveAttention):
         drawn: Tensor | None = None,
     ) -> Attended:
         """See `Attention.forward`; in training `alpha` is the distribution, whatever was drawn from it."""
-        log_alpha = only_real(self.scores(hidden, keys[..., :-1]), mask).log_softmax(dim=-1)
+        log_alpha = masked_scores(self.scores(hidden, keys[..., :-1]), mask).log_softmax(dim=-1)
         alpha = log_alpha.exp()
         if drawn is None:
             if self.training:
@@ -172,12 +172,12 @@ class HardAttention(AdditiveAttention):
                 drawn = alpha.argmax(dim=-1)
             drawn = drawn.masked_fill(keys[:, :1, -1] > 0, EXPECTED)
         expected, region = (drawn == EXPECTED)[..., None], drawn.clamp(min=0)[..., None]
-        seen = torch.where(expected, alpha, torch.zeros_like(alpha).scatter(-1, region, 1.0))
-        context = seen @ annotations
+        weights = torch.where(expected, alpha, torch.zeros_like(alpha).scatter(-1, region, 1.0))
+        context = weights @ annotations
         if not self.training:
-            return Attended(context, seen.unsqueeze(2))
-        choice = log_alpha.gather(-1, region).masked_fill(expected, 0.0).squeeze(-1)
-        return Attended(context, alpha.unsqueeze(2), choice, drawn)
+            return Attended(context, weights.unsqueeze(2))
+        choice_log_probability = log_alpha.gather(-1, region).masked_fill(expected, 0.0).squeeze(-1)
+        return Attended(context, alpha.unsqueeze(2), choice_log_probability, drawn)
 
 
 class DotAttention(Attention):

@@ -1,0 +1,180 @@
+"""`Caption`: the words for one image, their probabilities, and where the network looked for each."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from captioner import heatmap
+from captioner.images import ImageSource, load_image
+from captioner.search import Distribution
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """What the model says of one image, and where it looked for each word.
+
+    Attributes:
+        words: the T words.
+        word_log_probabilities: natural logarithms, one for each word and one for the end of the sentence; the
+            last is missing where the caption was cut at the maximum length.
+        attention: float32 (T, rows, columns), the weights over the image's regions as each word was said; each
+            of the T maps sums to 1. The mean over the heads where attention has several.
+        image: a preview of the photograph for pictures of the attention: upright, RGB, its longer side at most 1,024
+            pixels.
+        alternatives: the other captions found, best first.
+        head_attention: float32 (T, heads, rows, columns), the maps of each head, of which `attention` is the mean;
+            a transformer's heads are those of its first layer, then those of the next. None where there is one.
+        displacement: how far up and left of its middle the encoder sees each region from, as a share of the
+            image's height and width; pictures of the attention take it into account.
+        source: the path of the photograph; None where it was not given by its path.
+        size: width and height of the whole photograph, upright, in pixels.
+        annotations: float32 (regions, channels), the annotation vectors that the decoder read, for
+            `captioner.explain`; None unless they were asked for.
+        distribution: what the words were chosen from.
+    """
+
+    words: tuple[str, ...]
+    word_log_probabilities: tuple[float, ...]
+    attention: np.ndarray = dataclasses.field(repr=False, compare=False)
+    image: Image.Image = dataclasses.field(repr=False, compare=False)
+    alternatives: tuple["Caption", ...] = dataclasses.field(default=(), repr=False)
+    head_attention: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    displacement: tuple[float, float] = dataclasses.field(default=(0.0, 0.0), repr=False)
+    source: str | None = dataclasses.field(default=None, repr=False, compare=False)
+    size: tuple[int, int] = dataclasses.field(default=(0, 0), repr=False, compare=False)
+    annotations: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    distribution: Distribution = dataclasses.field(default=Distribution(), repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.size == (0, 0):
+            object.__setattr__(self, "size", self.image.size)
+
+    @property
+    def text(self) -> str:
+        """The words as the model said them, with a space between each two."""
+        return " ".join(self.words)
+
+    @property
+    def log_probability(self) -> float:
+        """Natural logarithm of the caption's probability given the image."""
+        return math.fsum(self.word_log_probabilities)
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the words' probabilities, 0 to 1: comparable between captions of different length."""
+        return math.exp(self.log_probability / max(len(self.word_log_probabilities), 1))
+
+    def __str__(self) -> str:
+        """The caption as people write it: no space before punctuation or a split-off 's."""
+        text = re.sub(r" (n't|'\w+|[.,!?;:%])(?=\s|$)", r"\1", self.text)
+        return re.sub(r"\b(can|gon|wan) (not|na)\b", r"\1\2", text)
+
+    def sentence(self) -> str:
+        """The caption as a sentence, with a capital and a full stop."""
+        text = str(self)
+        return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+    def index(self, word: str | int) -> int:
+        """The position of a word, given as the word itself (its first occurrence) or as its position.
+
+        Raises:
+            KeyError: the caption has no such word.
+        """
+        if isinstance(word, str):
+            if word.lower() not in self.words:
+                raise KeyError(f"{word!r} is not in the caption {str(self)!r}")
+            return self.words.index(word.lower())
+        if not -len(self.words) <= word < len(self.words):
+            raise KeyError(f"there is no word {word}; the caption has {len(self.words)}: {str(self)!r}")
+        return word % len(self.words)
+
+    @property
+    def heads(self) -> int:
+        """How many attention maps there are of each word."""
+        return 1 if self.head_attention is None else self.head_attention.shape[1]
+
+    def maps(self, head: int | None = None) -> np.ndarray:
+        """The map of each word, (T, rows, columns): a head's, or the mean over all heads.
+
+        Raises:
+            IndexError: there is no such head.
+        """
+        if head is None:
+            return self.attention
+        if not 0 <= head < self.heads:
+            raise IndexError(f"there is no head {head}; this model has {self.heads}, counted from 0")
+        return self.attention if self.head_attention is None else self.head_attention[:, head]
+
+    def heatmap(
+        self,
+        word: str | int,
+        head: int | None = None,
+        scale: str = "caption",
+        image: ImageSource | None = None,
+        **options: Any,
+    ) -> Image.Image:
+        """The photograph with the places lit up that the model looked at as it said `word`.
+
+        Args:
+            word: the word, or its position.
+            head: which head's map; None for the mean over the heads.
+            scale: what the brightest colour stands for: "caption" for the largest weight of all words, so that pictures
+                of several words can be compared; "word" for the word's own.
+            image: what to draw over in place of the preview: `result.source` for the whole photograph.
+            options: see `captioner.heatmap.overlay`.
+
+        Raises:
+            ImageError: the image given cannot be read.
+            KeyError: the caption has no such word.
+            IndexError: there is no such head.
+            ValueError: there is no such scale.
+        """
+        maps, index = self.maps(head), self.index(word)
+        top = heatmap.scale_tops(maps, scale)[index]
+        photo = self.image if image is None else load_image(image)
+        return heatmap.overlay(photo, maps[index], displacement=self.displacement, largest=top, **options)
+
+    def figure(self, head: int | None = None, scale: str = "caption", **options: Any) -> Image.Image:
+        """The photograph, then each word over its map, in a grid as in the paper's Figure 2, with a legend.
+
+        Args:
+            head, scale: as in `heatmap`.
+            options: see `captioner.heatmap.figure`.
+        """
+        maps = self.maps(head)
+        return heatmap.figure(self.image, self.words, maps, scale=scale, displacement=self.displacement, **options)
+
+    def animation(self, head: int | None = None, scale: str = "caption", **options: Any) -> list[Image.Image]:
+        """One frame a word, for `captioner.heatmap.save_animation`.
+
+        Args:
+            head, scale: as in `heatmap`.
+            options: see `captioner.heatmap.animation`.
+        """
+        maps = self.maps(head)
+        return heatmap.animation(self.image, self.words, maps, scale=scale, displacement=self.displacement, **options)
+
+    def to_dict(self, attention: bool = False) -> dict[str, Any]:
+        """Plain data, ready for JSON.
+
+        Args:
+            attention: also put the attention maps in, as nested lists.
+        """
+        plain: dict[str, Any] = {
+            "caption": str(self),
+            "log_probability": self.log_probability,
+            "words": [
+                {"word": word, "log_probability": log_probability}
+                for word, log_probability in zip(self.words, self.word_log_probabilities, strict=False)
+            ],
+            "alternatives": [
+                {"caption": str(other), "log_probability": other.log_probability} for other in self.alternatives
+            ],
+        }
+        if attention:
+            plain["attention"] = self.attention.tolist()
+        return plain
