@@ -120,7 +120,7 @@ def save_state(
     except OSError as error:
         raise TrainingError(
             f"cannot save the training state in {config.output}: {error.strerror or error}; "
-            "the checkpoint from before is whole, so free some space and run again with --resume"
+            "what was saved before is whole, so free some space and run again with --resume"
         ) from error
 
 
