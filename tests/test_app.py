@@ -1,8 +1,10 @@
 """The demo's server: captions as data, the API, many people at once, and what it refuses."""
 
 import base64
+import contextlib
 import csv
 import dataclasses
+import http.client
 import io
 import json
 import os
@@ -39,9 +41,11 @@ from app.benchmark import (
     upload,
     wait_for,
 )
+from app.handlers import Handlers
 from app.page import build
+from app.rendering import PHOTO_WIDTH, as_csv, as_json, as_zip, viewer_result
 from app.server import STOPPED
-from app.service import FAILED, PHOTO_WIDTH, Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
+from app.service import FAILED, Refused, Service, Settings, settings_of
 from captioner import Caption, Captioner, list_models, reading
 from captioner.checkpoint import Checkpoint
 from captioner.explain import explain, normalised_entropy
@@ -167,7 +171,10 @@ def test_large_photos_are_kept_small_and_captioned_as_the_library_does(small, tm
     assert answer.words == expected.words
     assert np.array_equal(answer.attention, expected.attention)
     assert {one.image.size for one in (answer, *answer.alternatives)} == {(1024, 717)}
-    assert (view(answer)["width"], view(answer)["height"]) == (PHOTO_WIDTH, round(2100 * PHOTO_WIDTH / 3000))
+    assert (viewer_result(answer)["width"], viewer_result(answer)["height"]) == (
+        PHOTO_WIDTH,
+        round(2100 * PHOTO_WIDTH / 3000),
+    )
     assert service.explain(answer, "small") == [step.to_dict() for step in explain(small, expected)]
 
 
@@ -175,10 +182,10 @@ def test_a_photo_goes_through_the_encoder_once_for_its_caption_and_its_steps(sma
     """Three people ask the page for captions, which come with the numbers of every step."""
     encoded = []
     hook = small.model.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
-    functions = [one.fn for one in build(Service({"small": small})).fns.values()]
-    (caption_page,) = [one for one in functions if getattr(one, "__name__", "") == "caption_page"]
+    functions = [one.fn for one in build(Handlers(Service({"small": small}))).fns.values()]
+    (show_photo,) = [one for one in functions if getattr(one, "__name__", "") == "show_photo"]
     paths = [str(path) for path in PATHS[:3]]
-    views, steps = caption_page(paths, [["small"]] * 3, *([value] * 3 for value in DEFAULTS))
+    views, steps = show_photo(paths, [["small"]] * 3, *([value] * 3 for value in DEFAULTS))
     hook.remove()
     assert sum(encoded) == 3
     for shown, numbers in zip(views, steps, strict=True):
@@ -209,7 +216,7 @@ def test_an_unknown_model_is_refused_with_those_there_are(default):
 
 def test_the_view_has_a_map_for_every_word_of_every_caption(default):
     caption = default.caption(PATHS[0], beam_size=3)
-    shown = view(caption)
+    shown = viewer_result(caption)
     assert [each["text"] for each in shown["captions"]] == [one.sentence() for one in (caption, *caption.alternatives)]
     for each in shown["captions"]:
         for word in each["words"]:
@@ -217,7 +224,7 @@ def test_the_view_has_a_map_for_every_word_of_every_caption(default):
             heat = np.frombuffer(base64.b64decode(packed["bytes"]), np.uint8)
             assert heat.shape == (28 * 28,)
             assert heat.max() == 255
-            assert 0 < word["confidence"] <= 1
+            assert 0 < word["probability"] <= 1
     assert shown["regions"] == caption.attention[0].size
     peaks = [word["maps"][0]["peak"] for word in shown["captions"][0]["words"]]
     assert peaks == pytest.approx([weights.max() / weights.mean() for weights in caption.attention], rel=1e-4)
@@ -305,7 +312,7 @@ def test_files_of_many_captions(default):
 def test_a_thin_photo_is_shown_and_saved_as_small_as_others(small, size):
     caption = small.caption(Image.new("RGB", size, "red"), max_length=4)
     wordless = dataclasses.replace(caption, words=(), attention=caption.attention[:0])
-    shown = view(caption)
+    shown = viewer_result(caption)
     assert 1 <= shown["width"] <= 720
     assert 1 <= shown["height"] <= 1440
     with Image.open(io.BytesIO(base64.b64decode(shown["photo"].split(",")[1]))) as photo:
@@ -553,27 +560,73 @@ def test_those_who_are_nearly_done_when_the_server_stops_get_their_captions(smal
         assert all("caption" in one.result(timeout=5) for one in waiting)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_the_program_ends_when_told_to_and_leaves_no_upload(small_folder, tmp_path, kind):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+@contextlib.contextmanager
+def program(model, folder, port):
+    """The demo in a process of its own, which has to end by itself and to leave nothing behind in `folder`."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
     del environment["GRADIO_TEMP_DIR"]
-    command = [sys.executable, "-m", "app", "--model", str(small_folder), "--port", str(port)]
+    command = [sys.executable, "-m", "app", "--model", str(model), "--port", str(port)]
     server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(f"http://127.0.0.1:{port}", server)
+        yield server
+        assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
+        errors = server.communicate()[1]
+    assert not list(folder.iterdir())
+    assert "Traceback" not in errors
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_the_program_ends_when_told_to_and_leaves_no_upload(small_folder, tmp_path, kind):
+    port = free_port()
+    with program(small_folder, tmp_path, port) as server:
         uploaded = Path(upload(f"http://127.0.0.1:{port}", PATHS[0])["path"])
         assert uploaded.is_relative_to(tmp_path)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/heartbeat/s", timeout=60):
             server.send_signal(kind)
             assert server.wait(timeout=30) == 0
-    finally:
-        server.kill()
-        errors = server.communicate()[1]
-    assert not list(tmp_path.iterdir())
-    assert "Traceback" not in errors
+
+
+def test_a_restart_under_load_leaves_nobody_without_an_answer(small, small_folder, tmp_path):
+    """Sixteen clients send one photo after another; each gets captions until it hears that the server has stopped."""
+    port, answered = free_port(), threading.Barrier(17)
+    url = f"http://127.0.0.1:{port}"
+
+    def ask_until_the_end(photo):
+        expected = str(small.caption(photo))
+        assert call(url, upload(url, photo))["caption"] == expected
+        answered.wait(timeout=120)
+        while True:
+            try:
+                answer = call(url, upload(url, photo))
+            except (OSError, http.client.HTTPException) as error:
+                return type(error).__name__
+            if "error" in answer:
+                assert STOPPED in answer["error"]
+                return STOPPED
+            assert answer["caption"] == expected
+
+    photos = draw_photos(tmp_path, 16)
+    (tmp_path / "server").mkdir()
+    with ThreadPoolExecutor(16) as people:
+        with program(small_folder, tmp_path / "server", port) as server:
+            clients = [people.submit(ask_until_the_end, photo) for photo in photos]
+            answered.wait(timeout=120)
+            time.sleep(1)
+            server.terminate()
+        for client in clients:
+            assert client.result(timeout=30)
+    with program(small_folder, tmp_path / "server", port) as server:
+        assert call(url, upload(url, photos[0]))["caption"] == str(small.caption(photos[0]))
+        server.terminate()
 
 
 def test_without_a_model_named_all_models_in_the_package_are_offered():
@@ -604,7 +657,7 @@ def test_models_of_the_same_folder_name_are_all_served(small, tmp_path, monkeypa
     for folder in folders:
         small.save_pretrained(folder)
     served = []
-    monkeypatch.setattr("app.server.create", lambda models, *_: served.extend(models))
+    monkeypatch.setattr("app.server.create", lambda models, *_, **__: served.extend(models))
     monkeypatch.setattr("app.server.configure", lambda *_, **__: SimpleNamespace(run=lambda: None))
     assert main(["--model", folders[0], "--model", folders[1]]) == 0
     assert served == folders
@@ -615,7 +668,7 @@ def test_wrong_usage_and_what_cannot_start_is_one_clear_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(["--port", "0"])
     assert main(["--model", "/no/such/model"]) == 1
-    assert "app: there is no model '/no/such/model'" in capsys.readouterr().err
+    assert ": there is no model '/no/such/model'" in capsys.readouterr().err
     for text, message in (("ann", "line 1"), ("\n", "names nobody")):
         (tmp_path / "people").write_text(text)
         assert main(["--auth-file", str(tmp_path / "people")]) == 1
