@@ -1,8 +1,10 @@
 """The demo's server: captions as data, the API, many people at once, and what it refuses."""
 
 import base64
+import contextlib
 import csv
 import dataclasses
+import http.client
 import io
 import json
 import os
@@ -557,27 +559,73 @@ def test_those_who_are_nearly_done_when_the_server_stops_get_their_captions(smal
         assert all("caption" in one.result(timeout=5) for one in waiting)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
-def test_the_program_ends_when_told_to_and_leaves_no_upload(small_folder, tmp_path, kind):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+@contextlib.contextmanager
+def program(model, folder, port):
+    """The demo in a process of its own, which has to end by itself and to leave nothing behind in `folder`."""
+    environment = {**os.environ, "TMPDIR": str(folder)}
     del environment["GRADIO_TEMP_DIR"]
-    command = [sys.executable, "-m", "app", "--model", str(small_folder), "--port", str(port)]
+    command = [sys.executable, "-m", "app", "--model", str(model), "--port", str(port)]
     server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         wait_for(f"http://127.0.0.1:{port}", server)
+        yield server
+        assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
+        errors = server.communicate()[1]
+    assert not list(folder.iterdir())
+    assert "Traceback" not in errors
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_the_program_ends_when_told_to_and_leaves_no_upload(small_folder, tmp_path, kind):
+    port = free_port()
+    with program(small_folder, tmp_path, port) as server:
         uploaded = Path(upload(f"http://127.0.0.1:{port}", PATHS[0])["path"])
         assert uploaded.is_relative_to(tmp_path)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/gradio_api/heartbeat/s", timeout=60):
             server.send_signal(kind)
             assert server.wait(timeout=30) == 0
-    finally:
-        server.kill()
-        errors = server.communicate()[1]
-    assert not list(tmp_path.iterdir())
-    assert "Traceback" not in errors
+
+
+def test_a_restart_under_load_leaves_nobody_without_an_answer(small, small_folder, tmp_path):
+    """Sixteen clients send one photo after another; each gets captions until it hears that the server has stopped."""
+    port, answered = free_port(), threading.Barrier(17)
+    url = f"http://127.0.0.1:{port}"
+
+    def ask_until_the_end(photo):
+        expected = str(small.caption(photo))
+        assert call(url, upload(url, photo))["caption"] == expected
+        answered.wait(timeout=120)
+        while True:
+            try:
+                answer = call(url, upload(url, photo))
+            except (OSError, http.client.HTTPException) as error:
+                return type(error).__name__
+            if "error" in answer:
+                assert STOPPED in answer["error"]
+                return STOPPED
+            assert answer["caption"] == expected
+
+    photos = draw_photos(tmp_path, 16)
+    (tmp_path / "server").mkdir()
+    with ThreadPoolExecutor(16) as people:
+        with program(small_folder, tmp_path / "server", port) as server:
+            clients = [people.submit(ask_until_the_end, photo) for photo in photos]
+            answered.wait(timeout=120)
+            time.sleep(1)
+            server.terminate()
+        for client in clients:
+            assert client.result(timeout=30)
+    with program(small_folder, tmp_path / "server", port) as server:
+        assert call(url, upload(url, photos[0]))["caption"] == str(small.caption(photos[0]))
+        server.terminate()
 
 
 def test_without_a_model_named_all_models_in_the_package_are_offered():

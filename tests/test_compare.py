@@ -8,7 +8,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from training import compare, metrics
+from training import compare, scorers
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def options(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_java(monkeypatch):
-    monkeypatch.setattr(metrics, "why_no_java", lambda: metrics.NO_JAVA)
+    monkeypatch.setattr(scorers, "why_no_java", lambda: scorers.NO_JAVA)
 
 
 def test_every_kind_is_trained_and_shown_and_not_again(options, tmp_path, capsys, monkeypatch):

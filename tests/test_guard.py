@@ -25,7 +25,7 @@ from app.benchmark import call, form, start, upload
 from app.guard import FULL, LINK, MOST_BYTES, NO_FILE, NOT_UPLOADED
 from app.handlers import Handlers
 from app.page import build
-from app.server import create
+from app.server import SAMPLES, create
 from app.service import Refused, Service, settings_of
 from app.uploads import Uploads
 from captioner import Captioner
@@ -209,6 +209,9 @@ FILES = [
     "a" * 5000,
     "%2fetc%2fhostname",
     "/proc/self/environ",
+    f"{SAMPLES}/../viewer.css",
+    f"{SAMPLES}/../../../../../../../../etc/hostname",
+    str(SAMPLES),
 ]
 
 
@@ -232,6 +235,18 @@ def test_the_api_reads_no_file_that_was_not_uploaded(url, links, path):
     assert call(url, {"path": path, "url": f"{url}/gradio_api/file={path}", "is_stream": True} | META) == {
         "error": NOT_UPLOADED
     }
+
+
+def test_no_function_of_the_page_reads_a_photo_that_was_not_uploaded(url, tmp_path):
+    photo = tmp_path / "private.jpg"
+    photo.write_bytes(PHOTO.read_bytes() + b"private")
+    file = {"path": str(photo), "orig_name": "a.jpg", "mime_type": "image/jpeg"} | META
+    for number, function in enumerate(functions(url)):
+        for kind, value in enumerate((file, [file], [[file, "text"]], {"image": file}, {"files": [file]}, str(photo))):
+            message = join(url, function["id"], [value] * len(function["inputs"]), f"path{number}-{kind}")
+            assert "words" not in json.dumps(message["output"]), function
+    copies = [path for path in Path(get_upload_folder()).rglob("*.*") if path.read_bytes().endswith(b"private")]
+    assert not copies
 
 
 @pytest.mark.parametrize("path", FILES)

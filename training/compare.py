@@ -27,14 +27,18 @@ from captioner.checkpoint import CheckpointError
 from captioner.files import replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
-from training.config import TrainConfig, parse_arguments
-from training.datasets import CaptionedImage, DatasetError
-from training.distributed import Distributed, distributed
-from training.evaluate import evaluate
-from training.metrics import NEED_JAVA, mean_of_each
-from training.sources import read_sources
-from training.train import train
-from training.trainer import Interrupted, TrainingError
+
+from . import command
+from .config import TrainConfig, parse_arguments
+from .data.items import CaptionedImage, DatasetError
+from .data.sources import read_sources
+from .distributed import Distributed, distributed
+from .evaluation import evaluate
+from .metrics import mean_of_each
+from .scorers import NEED_JAVA
+from .state import TrainingError
+from .train import train
+from .trainer import Interrupted
 
 log = logging.getLogger("training")
 
@@ -56,8 +60,8 @@ RESULT = "result.json"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.compare",
-        description="Train every kind of attention under one budget and compare them. Further flags: training.train.",
+        prog=command("compare"),
+        description="Train every kind of attention under one budget and compare them. Further flags: those of `train`.",
         allow_abbrev=False,
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="default: all")

@@ -13,6 +13,8 @@ from captioner.network.attention import MECHANISMS
 from captioner.network.model import DECODERS
 from captioner.search import BEAM_SIZE, MAX_LENGTH
 
+from . import command
+
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     """A field of the config with the help text of its flag."""
@@ -126,9 +128,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
     Exits with status 2 and a message where a flag, a key of the file or a value is not known.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m training.train",
+        prog=command("train"),
         description="Train a captioner.",
-        epilog="Example: python -m training.train --data flickr8k=data/flickr8k --output runs/flickr8k",
+        epilog=f"Example: {command('train')} --data flickr8k=data/flickr8k --output runs/flickr8k",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE.toml", help="options from a TOML file")
