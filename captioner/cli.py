@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
@@ -163,10 +164,11 @@ def run(options: argparse.Namespace) -> int:
         print(f"captioner: no image in {', '.join(options.images)}", file=sys.stderr)
         return 1
     from captioner.api import Captioner
-    from captioner.checkpoint import CheckpointError
+    from captioner.modelfile import CheckpointError
 
-    # Pillow warns of odd metadata in files that it reads well.
+    # Pillow warns of odd metadata in files that it reads well, and logs what it also raises.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     try:
         captioner = Captioner.from_pretrained(options.model, options.device)
         # What the model cannot do is said here; nothing is read yet.

@@ -126,7 +126,8 @@ def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: in
         ValueError: there is no tutorial implementation of this kind of model.
     """
     model = captioner.model
-    if model.config.decoder != "lstm" or model.config.attention not in ("none", "additive", "dot", "scaled_dot"):
+    attention = model.decoder.attention
+    if not isinstance(model.decoder, AttentionLSTM) or attention.heads > 1 or attention.draws_regions:
         raise ValueError(
             f"the tutorial implementation is an LSTM with soft attention in one head; this model is "
             f"{model.config.decoder} with {model.config.attention} attention"

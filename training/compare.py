@@ -1,8 +1,8 @@
 """Train every kind of attention under one budget and compare them:
 `python -m training.compare --data flickr8k=data/flickr8k --output runs/compare --seeds 0 1`.
 
-All other flags are those of `train` and apply to every kind. A comparison that was stopped continues when the same
-command is given again.
+All other flags are those of `train` and apply to every kind, attention options to the kinds that have them. A
+comparison that was stopped continues when the same command is given again.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from captioner.checkpoint import CheckpointError
 from captioner.files import replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
+from captioner.network.attention import MECHANISMS, MultiHeadAttention
 
 from . import command
 from .config import TrainConfig, parse_arguments
@@ -42,16 +43,11 @@ from .trainer import Interrupted
 
 log = logging.getLogger("training")
 
-# The options of each kind. Those that all kinds share are given on the command line.
+# The options that make each kind: every attention mechanism, then the other places where attention can stand.
 KINDS: dict[str, dict[str, Any]] = {
-    "none": {"attention": "none"},
-    "additive": {"attention": "additive"},
-    "hard": {"attention": "hard"},
-    "dot": {"attention": "dot"},
-    "scaled_dot": {"attention": "scaled_dot"},
-    "multi_head": {"attention": "multi_head"},
-    "self_attention": {"attention": "additive", "encoder_self_attention": 2},
-    "transformer": {"decoder": "transformer"},
+    **{name: {"attention": name} for name in MECHANISMS},
+    "self_attention": {"encoder_self_attention": 2},
+    "transformer": {"decoder": "transformer", "attention": MultiHeadAttention.name},
 }
 SCORES = ("BLEU-4", "METEOR", "CIDEr")
 RESULT = "result.json"
@@ -99,14 +95,16 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
         return
     rows = [summary(kind, of_kind) for kind, of_kind in results.items()]
     text = markdown(rows)
-    with replacing(folder / "compare.md", folder / "compare.csv", folder / "compare.png") as (table, data, plot):
-        table.write_text(text + "\n", "utf-8")
-        data.write_text(as_csv(results), "utf-8")
-        draw_scores(rows, plot)
+    with replacing(folder / "compare.md") as path:
+        path.write_text(text + "\n", "utf-8")
+    with replacing(folder / "compare.csv") as path:
+        path.write_text(as_csv(results), "utf-8")
+    with replacing(folder / "compare.png") as path:
+        draw_scores(rows, path)
     photo = Path(options.photo) if options.photo else photo_of(options.word, base)
     models = {kind: Captioner.from_pretrained(folder / f"{kind}-{options.seeds[0]}") for kind in options.kinds}
     picture = same_word(load_image(photo), options.sentence, options.word, models)
-    with replacing(folder / "maps.png") as (path,):
+    with replacing(folder / "maps.png") as path:
         picture.save(path, format="png")
     print(text)
     log.info("table, plot and picture: %s", folder)
@@ -115,10 +113,12 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
 def run(base: TrainConfig, kind: str, seed: int, output: Path, processes: Distributed) -> dict[str, float]:
     """The figures of one kind and one seed, read from its folder if it has been trained and measured before."""
     asked = {**dataclasses.asdict(base), **KINDS[kind], "seed": seed, "output": str(output), "resume": True}
+    own = MECHANISMS[asked["attention"]].option_defaults()
+    asked["attention_options"] = tuple(text for text in base.attention_options if text.partition("=")[0] in own)
     config = TrainConfig(**asked)
     train(config, processes)  # returns at once if the run is complete
     if processes.is_first and not (output / RESULT).exists():
-        with replacing(output / RESULT) as (path,):
+        with replacing(output / RESULT) as path:
             path.write_text(json.dumps(measure(config), indent=1) + "\n", "utf-8")
     processes.barrier()
     return dict(json.loads((output / RESULT).read_text("utf-8")))

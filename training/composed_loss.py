@@ -14,7 +14,6 @@ from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import SPECIAL
 
 from .data.composed import ROWS
-from .losses import word_log_probabilities
 
 # Words that name nothing in the picture, so that no region is right for them.
 FUNCTION_WORDS = frozenset(
@@ -66,7 +65,7 @@ def composed_loss(output: TeacherForced, own: Tensor, content: Tensor, pointing:
     named = torch.zeros_like(output.mask).masked_scatter(output.mask, content[output.targets])
     share = torch.einsum("prtk,prk->prt", output.alpha.mean(dim=3), own.to(output.alpha))
     chosen = chosen_rows(share.detach(), named)[..., None]
-    likelihood = (word_log_probabilities(output) * chosen).sum() / (output.mask & chosen).sum().clamp(min=1)
+    likelihood = (output.log_probabilities() * chosen).sum() / (output.mask & chosen).sum().clamp(min=1)
     named = named & chosen
     on_own = (share.clamp(min=1e-6).log() * named).sum() / named.sum().clamp(min=1)
     return -likelihood - pointing * on_own

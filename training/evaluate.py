@@ -97,9 +97,9 @@ def run(options: argparse.Namespace) -> None:
         "evaluations": [evaluations_json(evaluations) for evaluations in beams],
     }
     captions = [entry for name, items in sets.items() for entry in captions_json(widest[name], items)]
-    with replacing(folder / "scores.json", folder / "captions.json") as (scores_path, captions_path):
-        scores_path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        captions_path.write_text(json.dumps(captions, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    for name, values in (("scores.json", figures), ("captions.json", captions)):
+        with replacing(folder / name) as path:
+            path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
     title = f"{options.model} on {' and '.join(sets)} {options.split}"
     write_report(folder / "report.html", title, table(beams), {name: (widest[name], sets[name]) for name in sets})
     log.info("report: %s", folder / "report.html")

@@ -1,6 +1,5 @@
 """Training losses."""
 
-import torch
 from torch import Tensor, nn
 
 from captioner.network.decoder import TeacherForced
@@ -40,55 +39,6 @@ def caption_loss(
     return cross_entropy / max(words, 1) + doubly_stochastic * uneven / max(captions, 1)
 
 
-def word_log_probabilities(output: TeacherForced, excluded: tuple[int, ...] = ()) -> Tensor:
-    """Logarithm of each true word's probability, (images, rows, steps); zero where there is no word.
-
-    Args:
-        output: the model's output.
-        excluded: ids that are impossible; their probability goes to the other words.
-    """
-    logits = output.logits
-    if excluded:
-        logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), float("-inf"))
-    log_probabilities = -nn.functional.cross_entropy(logits, output.targets, reduction="none")
-    return log_probabilities.new_zeros(output.mask.shape).masked_scatter(output.mask, log_probabilities)
-
-
-def hard_attention_loss(
-    output: TeacherForced,
-    log_probabilities: Tensor,
-    words: float,
-    baseline: float | None,
-    reinforce: float,
-    entropy: float,
-) -> Tensor:
-    """The terms that train `hard` attention: REINFORCE and entropy (Xu et al. 2015, equation 11 and after it).
-
-        L = - lambda_r * sum_t (sum_{t' >= t} log p(y_t' | s) - b) * log alpha_t(s_t) / words
-            - lambda_e * sum_t H[alpha_t] / words
-
-    with s_t the sampled regions, y_t the words and b the moving average of a word's log-probability. A region affects
-    only the words from step t on; earlier rewards would only add variance. Sampling has no gradient, this term is an
-    estimate of it; the gradient through the words comes from `caption_loss`, to which this loss is added.
-
-    Args:
-        output: the model's output, with `choice_log_probability`.
-        log_probabilities: (images, rows, steps) of the words, from `word_log_probabilities`; no gradient flows
-            through them.
-        words: words in the whole batch, over all processes.
-        baseline: b; None at the first step, at which it is not known yet and the first term is left out.
-        reinforce: lambda_r. With 1 the expected gradient is that of log p(y | s), but its variance is so high that
-            smaller values train better.
-        entropy: lambda_e.
-    """
-    assert output.choice_log_probability is not None, "only hard attention draws regions"
-    rewards = (log_probabilities.detach() - (baseline or 0.0)) * output.mask
-    returns = rewards.flip(2).cumsum(dim=2).flip(2) if baseline is not None else torch.zeros_like(rewards)
-    chosen = (returns * output.choice_log_probability).sum()
-    spread = -torch.special.xlogy(output.alpha, output.alpha.clamp(min=1e-30)).sum()
-    return -(reinforce * chosen + entropy * spread) / max(words, 1)
-
-
 def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) -> Tensor:
     """Policy gradient of the reward of generated captions (Rennie et al. 2017, equation 8).
 
@@ -100,7 +50,7 @@ def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) 
         advantage: (images, rows), each caption's reward minus its baseline.
         captions: captions in the whole batch, over all processes.
     """
-    log_probabilities = word_log_probabilities(output, excluded=(PAD, START, UNKNOWN)).sum(dim=2)
+    log_probabilities = output.log_probabilities(excluded=(PAD, START, UNKNOWN)).sum(dim=2)
     if output.choice_log_probability is not None:
         log_probabilities = log_probabilities + output.choice_log_probability.sum(dim=2)
     return -(advantage * log_probabilities).sum() / max(captions, 1)

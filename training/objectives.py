@@ -14,7 +14,7 @@ from .composed_loss import composed_loss, content_words, split_composed
 from .config import TrainConfig
 from .data.batches import Batch
 from .data.composed import Composed, add_composed, compose
-from .losses import caption_loss, hard_attention_loss, word_log_probabilities
+from .losses import caption_loss
 from .stages import Stage
 from .state import Progress
 
@@ -118,7 +118,7 @@ class Objective(ABC):
 class Imitation(Objective):
     """Cross-entropy of the captions that people wrote, with the additional terms for attention.
 
-    The statistic is the sum of the words' log-probabilities: hard attention needs their moving average.
+    The statistic is the sum of the words' log-probabilities: attention that samples regions needs their moving average.
     """
 
     def begin_epoch(self) -> None:
@@ -148,28 +148,16 @@ class Imitation(Objective):
             self.config.doubly_stochastic,
             batch.image_weights.to(device),
         )
-        if output.choice_log_probability is None:
+        attention = self.model.decoder.attention
+        loss = loss + attention.extra_loss(output, batch.word_count, self.progress.baseline)
+        if not attention.draws_regions:
             return loss, loss.new_zeros(())
-        hard, log_probability = self.hard_attention(output, batch)
-        return loss + hard, log_probability
+        return loss, output.log_probabilities().detach().sum()
 
     @property
     def share_of_own_words(self) -> float:
         """The share of input words that are the model's own (scheduled sampling); it rises from 0 over the epochs."""
         return self.config.scheduled_sampling * self.progress.epoch / max(self.stage.epochs - 1, 1)
-
-    def hard_attention(self, output: TeacherForced, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The additional loss of hard attention, and the sum of the words' log-probabilities."""
-        log_probabilities = word_log_probabilities(output).detach()
-        loss = hard_attention_loss(
-            output,
-            log_probabilities,
-            batch.word_count,
-            self.progress.baseline,
-            self.config.hard_reinforce,
-            self.config.hard_entropy,
-        )
-        return loss, log_probabilities.sum()
 
     def record(self, batch: Batch, statistic: float) -> None:
         """Update the moving average of a word's log-probability."""

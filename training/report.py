@@ -68,7 +68,7 @@ def write_report(
 <p>Below: beam {beam_size}, ranked by each caption's own CIDEr. {contents}</p>
 {sections}</body></html>
 """
-    with replacing(path) as (temporary,):
+    with replacing(path) as temporary:
         temporary.write_text(page, "utf-8")
 
 

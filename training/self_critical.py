@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captioner.network.attention import EXPECTED, HardAttention
+from captioner.network.attention import EXPECTED, Attention
 from captioner.search import beam_search, gather_rows, sample
 from captioner.vocabulary import PAD, START
 
@@ -36,7 +36,7 @@ class SelfCritical(Objective):
     """Policy gradient of the reward of captions that the model generates. The statistic is the sum of mean rewards.
 
     The gradient must be that of the network that generated the captions. So dropout is off when they are generated and
-    when they are learnt, and both passes use the regions that hard attention sampled in the first.
+    when they are learnt, and both passes use the regions that attention sampled in the first.
 
     Args:
         reward: CIDEr-D with the references of the training images.
@@ -48,10 +48,10 @@ class SelfCritical(Objective):
         self.reward = reward
 
     def begin_epoch(self) -> None:
-        """Set evaluation mode, except for hard attention, which samples regions in training mode only."""
+        """Set evaluation mode, except for attention that samples regions, which does so in training mode only."""
         self.model.eval()
         for module in self.model.modules():
-            if isinstance(module, HardAttention):
+            if isinstance(module, Attention) and module.draws_regions:
                 module.train()
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class SelfCritical(Objective):
                     decoder, annotations, samples=config.scst_samples, max_length=config.max_length, seed=seeds
                 )
             if config.scst_baseline == "greedy":
-                self.model.eval()  # hard attention does not sample either
+                self.model.eval()  # attention does not sample regions either
                 likeliest = beam_search(decoder, annotations, beam_size=1, max_length=config.max_length)
                 greedy = self.rewards(indices, likeliest.words)[:, 0]
                 self.begin_epoch()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captioner.checkpoint import WEIGHTS, CheckpointError, load_tensors, save_tensors
+from captioner.checkpoint import CheckpointError, load_tensors, save_tensors
 from captioner.files import replacing
+from captioner.modelfile import MODEL_FILE
 
 from .config import TrainConfig
 from .data.sources import parse_source
@@ -115,12 +116,12 @@ def save_state(
         "config": json.dumps(options_for_resuming(config)),
     }
     try:
-        with replacing(Path(config.output) / STATE) as (path,):
+        with replacing(Path(config.output) / STATE) as path:
             save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
     except OSError as error:
         raise TrainingError(
             f"cannot save the training state in {config.output}: {error.strerror or error}; "
-            "the checkpoint from before is whole, so free some space and run again with --resume"
+            "what was saved before is whole, so free some space and run again with --resume"
         ) from error
 
 
@@ -173,7 +174,7 @@ def restore_tensors(
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the half-written files that a killed process left in the run folder."""
-    for name in (STATE, WEIGHTS):
+    for name in (STATE, MODEL_FILE):
         for left in folder.glob(f".{name}.????????"):
             left.unlink(missing_ok=True)
 

@@ -14,9 +14,11 @@ import torch
 
 from captioner.api import find_model
 from captioner.checkpoint import CheckpointError, load_checkpoint
+from captioner.config import ModelConfig
 from captioner.images import Preprocessing
+from captioner.network.attention import parse_options
 from captioner.network.encoder import normalisation
-from captioner.network.model import ModelConfig, ShowAttendTell
+from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import Vocabulary
 
 from .config import TrainConfig, data_weights, parse_arguments
@@ -60,6 +62,7 @@ def train(config: TrainConfig, processes: Distributed) -> float:
     """
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
+    parse_options(config.attention, config.attention_options)  # an unknown one is refused before any image is read
     train_items, dev_items = load_items(config, processes)
     if config.start_from:
         start = load_checkpoint(find_model(config.start_from))
@@ -158,8 +161,8 @@ def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
             node=config.node,
             grid=(config.grid, config.grid),
             decoder=config.decoder,
-            attention=config.attention or {"transformer": "multi_head"}.get(config.decoder, "additive"),
-            hard_inference=config.hard_inference,
+            attention=config.attention,
+            attention_options=parse_options(config.attention, config.attention_options),
             encoder_self_attention=config.encoder_self_attention,
             heads=config.heads,
             layers=config.layers,

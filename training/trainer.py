@@ -103,6 +103,8 @@ class Trainer:
         self.begin_stage(stage, tensors)
         if self.config.start_from and tensors is None and not progress.history:
             self.validate(stage, "start")
+        if tensors is None and progress.best > -math.inf:
+            # Resuming could not start the stage again once a better model has replaced the one that it begins with.
             self.save()
         while progress.epoch < stage.epochs and progress.stale < self.config.patience:
             self.run_epoch(stage)
