@@ -27,6 +27,7 @@ class Stage:
     learning_rate, encoder_learning_rate: peak learning rates of the decoder and of the encoder.
     train_from: first block of the encoder that is tuned, "" for all of it, None for none.
     train, dev: give the images.
+    sharpen: factor that the scores of the decoder's attention are multiplied by before the first step.
     self_critical: whether the objective is self-critical instead of imitation.
     captions: ids of captions that replace those of the training images; see `encode_captions`.
     """
@@ -38,6 +39,7 @@ class Stage:
     train_from: str | None
     train: Source
     dev: Source
+    sharpen: float = 1.0
     self_critical: bool = False
     captions: Sequence[Sequence[Sequence[int]]] | None = None
 
@@ -114,6 +116,7 @@ def plan(
                 config.finetune_from if config.scst_encoder_learning_rate else None,
                 train,
                 dev,
+                sharpen=config.sharpen,
                 self_critical=True,
             )
         )
