@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from captioner.network.attention import EXPECTED, Attention
 from captioner.search import beam_search, gather_rows, sample
-from captioner.vocabulary import PAD, START
+from captioner.vocabulary import END, PAD, START
 
 from .data.batches import Batch
 from .data.composed import add_composed
+from .data.items import CaptionedImage
 from .losses import self_critical_loss
 from .objectives import Objective
 from .rewards import CiderD, advantages
+from .words import tokenize
 
 
 class Generated(NamedTuple):
@@ -39,13 +41,14 @@ class SelfCritical(Objective):
     when they are learnt, and both passes use the regions that attention sampled in the first.
 
     Args:
-        reward: CIDEr-D with the references of the training images.
+        train: the training images, whose captions are the references of the reward.
         arguments: see `Objective`.
     """
 
-    def __init__(self, reward: CiderD, *arguments: Any) -> None:
+    def __init__(self, train: Sequence[CaptionedImage], *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.reward = reward
+        end = self.vocabulary.words[END]
+        self.reward = CiderD([[*tokenize(caption), end] for caption in item.captions] for item in train)
 
     def begin_epoch(self) -> None:
         """Set evaluation mode, except for attention that samples regions, which does so in training mode only."""

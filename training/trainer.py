@@ -18,7 +18,7 @@ from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioner.images import Preprocessing
 from captioner.network.attention import Attention
 from captioner.network.model import ShowAttendTell
-from captioner.vocabulary import END, Vocabulary
+from captioner.vocabulary import Vocabulary
 
 from .config import TrainConfig, data_weights
 from .data.batches import Batch, EpochBatches, encode_captions
@@ -29,12 +29,10 @@ from .history import History
 from .interruption import Interrupted, StopRequest
 from .objectives import Imitation, Objective
 from .optimisation import build_average, build_optimiser, set_learning_rate
-from .rewards import CiderD
 from .self_critical import SelfCritical
 from .stages import Stage
 from .state import Progress, TrainingError, load_state, remove_leftovers, restore_tensors, save_state
 from .validation import Validation
-from .words import tokenize
 
 log = logging.getLogger("training")
 
@@ -201,12 +199,7 @@ class Trainer:
         if self.distributed.size > 1:
             parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
         arguments = (self.config, stage, self.progress, self.model, parallel, self.vocabulary)
-        if stage.self_critical:
-            end = self.vocabulary.words[END]
-            reward = CiderD([[*tokenize(caption), end] for caption in item.captions] for item in self.train_items)
-            self.objective = SelfCritical(reward, *arguments)
-        else:
-            self.objective = Imitation(*arguments)
+        self.objective = SelfCritical(self.train_items, *arguments) if stage.self_critical else Imitation(*arguments)
 
     def batches(self, stage: Stage) -> EpochBatches:
         """The batches of the current epoch."""
