@@ -11,9 +11,9 @@ def test_diversity_counts_distinct_captions_and_words():
     assert figures == {"distinct captions": 0.75, "words in use": 5, "mean length": 7 / 4, "repeated pairs": 0}
 
 
-def test_diversity_tells_what_is_repeated_and_what_was_learnt_by_heart():
-    said = [["a", "dog", "and", "a", "dog", "and", "a", "cat"], ["a", "dog"]]
-    figures = diversity(said, known={("a", "dog"), ("a", "cat")})
+def test_diversity_counts_repetitions_and_captions_of_the_training_set():
+    captions = [["a", "dog", "and", "a", "dog", "and", "a", "cat"], ["a", "dog"]]
+    figures = diversity(captions, known={("a", "dog"), ("a", "cat")})
     assert figures["repeated pairs"] == 3 / 8
     assert figures["captions of the training set"] == 0.5
 

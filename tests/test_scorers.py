@@ -1,4 +1,4 @@
-"""Scores are pycocoevalcap's, and what is left out is said."""
+"""Scores are those of pycocoevalcap, and scores that are left out are named."""
 
 import importlib
 import os
@@ -238,7 +238,9 @@ def test_captions_and_references_of_different_images_are_refused():
 
 def test_quick_scores_agree_with_the_whole_scorer_on_plain_words():
     plain = {"a": ["a dog runs", "the dog is running fast"], "b": ["two men play", "men playing with a ball"]}
-    said = {"a": "a dog is running", "b": "two men with a ball"}
-    quick = quick_scores([text.split() for text in said.values()], [[t.split() for t in ts] for ts in plain.values()])
-    whole = score(said, plain).corpus
+    candidates = {"a": "a dog is running", "b": "two men with a ball"}
+    quick = quick_scores(
+        [text.split() for text in candidates.values()], [[t.split() for t in ts] for ts in plain.values()]
+    )
+    whole = score(candidates, plain).corpus
     assert quick == pytest.approx({name: whole[name] for name in quick}, abs=1e-12)
