@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 and a message where it cannot be used."""
     parser = argparse.ArgumentParser(
         prog="captioner",
-        description="Say what is in photographs, and show where the network looked for every word.",
+        description="Caption images, and draw the attention of the network for every word.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -107,18 +107,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--temperature",
         type=number("temperature"),
         metavar="T",
-        help="draw words by chance; below 1 safer, above bolder",
+        help="sample words; below 1 from a sharper distribution, above 1 from a flatter one",
     )
     search.add_argument(
-        "--top-p", type=number("top_p"), metavar="P", help="draw only among the likeliest words that reach P"
+        "--top-p",
+        type=number("top_p"),
+        metavar="P",
+        help="sample from the likeliest words that together reach the probability P",
     )
-    search.add_argument("--seed", type=number("seed"), metavar="N", help="the same seed draws the same captions")
+    search.add_argument("--seed", type=number("seed"), metavar="N", help="the same seed gives the same samples")
     parser.add_argument(
         "--min-confidence",
         type=number("min_confidence"),
         default=0.0,
         metavar="P",
-        help="leave out captions that the model is less sure of, 0 to 1; the README says what to expect",
+        help="leave out captions of lower confidence (geometric mean of the words' probabilities), 0 to 1",
     )
     parser.add_argument(
         "--max-megapixels",
