@@ -77,7 +77,7 @@ def test_self_critical_training_counts_documents_in_the_training_captions_of_all
     assert main([*options, *stages, "--output", str(tmp_path / "run")]) == 0
     (reward,) = made
     # Seven images of circles and squares and four of triangles, one caption or more each; dev images do not count.
-    assert reward.most == pytest.approx(math.log(7 + 4))
+    assert reward.log_documents == pytest.approx(math.log(7 + 4))
     assert (reward.documents["circle",] + reward.documents["square",], reward.documents["triangle",]) == (7, 4)
     assert reward.documents["a", "red"] == 2 + 1  # pictures 0 and 6 of the one set, picture 0 of the other
 
@@ -144,5 +144,5 @@ def test_words_and_captions_of_a_batch_are_counted_by_the_weights_of_their_sets(
     captions = [[[1, 5, 2]], [[1, 5, 6, 2], [1, 5, 2]]]
     features = FeatureSource(np.zeros((2, 1, 1), np.float16))
     batch = EpochBatches(features, captions, 2, 0, 0, weights=[1.0, 3.0])[0]
-    assert (batch.words, batch.whole) == (2 + 3 * 5, 1 + 3 * 2)
+    assert (batch.word_count, batch.caption_count) == (2 + 3 * 5, 1 + 3 * 2)
     assert sorted(batch.image_weights.tolist()) == [1, 3]

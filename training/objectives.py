@@ -9,10 +9,11 @@ from captioner.network.decoder import TeacherForced
 from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import END, SPECIAL, Vocabulary
 
+from .composed_loss import composed_loss, content_words, split_composed
 from .config import TrainConfig
 from .data.batches import Batch
 from .data.composed import Composed, add_composed, compose
-from .losses import caption_loss, composed_loss, content_words, split_composed
+from .losses import caption_loss
 from .stages import Stage
 from .state import Progress
 
@@ -77,7 +78,7 @@ class Objective:
             return output, output.logits.new_zeros(())
         own, behind = split_composed(output, len(batch.indices), rows)
         loss = composed_loss(behind, composed.own, self.content, self.config.pointing)
-        return own, self.config.composed * len(batch.indices) / batch.size * loss
+        return own, self.config.composed * len(batch.indices) / batch.image_count * loss
 
     def features(self, images: Tensor) -> Tensor:
         """The encoder's output, for a decoder that reads it twice; images that are features already are returned."""
@@ -137,14 +138,14 @@ class Imitation(Objective):
         output, loss_on_composed = self.split(output, batch, batch.captions.shape[1], composed)
         loss = loss_on_composed + caption_loss(
             output,
-            batch.words,
-            batch.whole,
+            batch.word_count,
+            batch.caption_count,
             self.config.label_smoothing,
             self.config.doubly_stochastic,
             batch.image_weights.to(device),
         )
         attention = self.model.decoder.attention
-        loss = loss + attention.extra_loss(output, batch.words, self.progress.baseline)
+        loss = loss + attention.extra_loss(output, batch.word_count, self.progress.baseline)
         if not attention.draws_regions:
             return loss, loss.new_zeros(())
         return loss, output.log_probabilities().detach().sum()
@@ -156,7 +157,7 @@ class Imitation(Objective):
 
     def record(self, batch: Batch, statistic: float) -> None:
         """Update the moving average of a word's log-probability."""
-        mean, baseline = statistic / max(batch.words, 1), self.progress.baseline
+        mean, baseline = statistic / max(batch.word_count, 1), self.progress.baseline
         self.progress.baseline = mean if baseline is None else 0.9 * baseline + 0.1 * mean
 
 

@@ -68,12 +68,12 @@ class SelfCritical(Objective):
         output = self.read(self.parallel, images, captions, regions=regions)
         output, loss_on_composed = self.split(output, batch, samples, composed)
         advantage = drawn.advantage * batch.image_weights.to(drawn.advantage)[:, None]
-        loss = loss_on_composed + self_critical_loss(output, advantage, batch.size * samples)
+        loss = loss_on_composed + self_critical_loss(output, advantage, batch.image_count * samples)
         return loss, drawn.reward.to(loss)
 
     def record(self, batch: Batch, statistic: float) -> None:
         """Add the mean reward of the batch to that of the epoch."""
-        self.progress.reward_sum += statistic / batch.size
+        self.progress.reward_sum += statistic / batch.image_count
 
     def draw(self, images: Tensor, indices: Sequence[int]) -> Draw:
         """Captions from the model as it is, with their rewards.
