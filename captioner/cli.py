@@ -317,6 +317,14 @@ def report(message: str) -> None:
     print(f"\r{text}" if sys.stderr.isatty() else text, file=sys.stderr)
 
 
+def positive(text: str) -> int:
+    """Parse an integer of at least 1, for options of other commands, which have no other limits."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
 def number(option: str) -> Callable[[str], float]:
     """A parser of that option's value for argparse."""
 
