@@ -48,6 +48,17 @@ def attention_of(name: str, seed: int = 0, scale: float = 1.0, **options):
     return attention
 
 
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_sharpening_divides_the_temperature_of_the_softmax(name):
+    hidden, annotations, _ = inputs(2, 3, 7, seed=1)
+    attention = attention_of(name, **({"inference": "expectation"} if name == "hard" else {})).eval()
+    before = attention(hidden, attention.keys(annotations), annotations).alpha
+    attention.sharpen(1.5)
+    after = attention(hidden, attention.keys(annotations), annotations).alpha
+    assert torch.allclose(after, (1.5 * before.log()).softmax(dim=-1), atol=1e-6)
+    assert name == "none" or not torch.allclose(after, before, atol=1e-3)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", MECHANISMS)
 @settings(deadline=None, max_examples=30)

@@ -46,7 +46,7 @@ TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 PROJECT = Path(__file__).parents[1]
 STAGES = """--epochs 2 --finetune-epochs 2 --finetune-from features.17 --scst-epochs 2 --scst-encoder-learning-rate 1e-5
---scst-samples 3 --scst-search sample --max-length 8 --checkpoint-every 1""".split()
+--scst-samples 3 --scst-search sample --sharpen 2 --max-length 8 --checkpoint-every 1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +388,17 @@ def test_the_best_of_a_run_is_never_worse_than_the_model_it_started_from(
     before, after = (model.state_dict() for model in (Captioner.from_pretrained(whole).model, best.model))
     same = all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert same == (kept == "start")
+
+
+def test_the_self_critical_stage_begins_with_sharper_attention(options, whole, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
+    flags = ["--start-from", str(whole), "--epochs", "0", "--finetune-epochs", "0", "--scst-epochs", "1"]
+    assert main([*options, *flags, "--sharpen", "3", "--output", str(tmp_path / "run")]) == 0
+    before, after = (load_checkpoint(path).model.state_dict() for path in (whole, tmp_path / "run"))
+    for name, tensor in before.items():
+        factor = 3 if name == "decoder.attention.v.weight" else 1
+        assert torch.equal(factor * tensor, after[name]), name
 
 
 def test_of_equal_scores_the_earliest_model_is_kept(options, tmp_path, monkeypatch):

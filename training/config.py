@@ -108,6 +108,9 @@ class TrainConfig:
     scst_epochs: int = option(0, "stage three: epochs of self-critical training on CIDEr-D")
     scst_learning_rate: float = option(1e-4, "stage three: peak learning rate of the decoder")
     scst_encoder_learning_rate: float = option(0.0, "stage three: peak learning rate of the encoder; 0: frozen")
+    sharpen: float = option(
+        1.0, "stage three begins by multiplying attention's scores by this; above 1, maps become narrower"
+    )
     scst_search: str = option("beam", "how captions are generated in stage three", ("beam", "sample"))
     scst_samples: int = option(5, "captions generated for each image in stage three")
     scst_baseline: str = option(
@@ -272,6 +275,8 @@ def check(config: TrainConfig) -> None:
     for name in ("scheduled_sampling", "colour_change"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be from 0 to 1, not {getattr(config, name)}")
+    if not 0 < config.sharpen < math.inf:
+        raise ValueError(f"sharpen must be above 0 and finite, not {config.sharpen}")
     if not 0 <= config.composed <= 0.5:
         raise ValueError(f"composed must be from 0 to 0.5, not {config.composed}")
     if config.views and not config.finetune_from:

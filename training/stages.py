@@ -26,6 +26,7 @@ class Stage:
     learning_rate, encoder_learning_rate: peaks, of the decoder and of the encoder.
     train_from: first block of the encoder that is tuned, "" for all of it, None for none.
     train, dev: where the images come from.
+    sharpen: what the scores of the decoder's attention are multiplied by before the first step.
     self_critical: whether the model's own captions are rewarded, instead of people's captions imitated.
     captions: ids of captions to learn in place of the training images' own, as `encode_captions` gives them.
     """
@@ -37,6 +38,7 @@ class Stage:
     train_from: str | None
     train: Source
     dev: Source
+    sharpen: float = 1.0
     self_critical: bool = False
     captions: Sequence[Sequence[Sequence[int]]] | None = None
 
@@ -113,6 +115,7 @@ def plan(
                 config.finetune_from if config.scst_encoder_learning_rate else None,
                 train,
                 dev,
+                sharpen=config.sharpen,
                 self_critical=True,
             )
         )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioner.images import Preprocessing
+from captioner.network.attention import Attention
 from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import END, Vocabulary
 
@@ -186,6 +187,10 @@ class Trainer:
         """Make the average, the optimiser and the objective; a later stage goes on from the best model so far."""
         if tensors is None and self.progress.best > -math.inf:
             self.model.load_state_dict(load_checkpoint(self.output).model.state_dict())
+        if tensors is None and stage.sharpen != 1:
+            for module in self.model.decoder.modules():
+                if isinstance(module, Attention):
+                    module.sharpen(stage.sharpen)
         self.model.encoder.train_from(stage.train_from)
         self.average = build_average(self.model, self.config.ema_decay)
         self.optimiser = build_optimiser(self.model, stage, self.config.weight_decay)
