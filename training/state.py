@@ -45,7 +45,7 @@ class Progress:
     loss_sum, reward_sum, seconds: sums over the batches of this epoch.
     best: the best dev score of the run.
     stale: epochs of this stage since the score last improved.
-    baseline: moving average of a word's log-probability, the baseline of hard attention's REINFORCE term.
+    baseline: moving average of a word's log-probability, the baseline of attention that draws regions.
     history: a row of figures for each epoch.
     """
 
