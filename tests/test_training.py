@@ -229,7 +229,7 @@ def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_i
             said = errors.read_text().splitlines()
             assert process.exitcode == 1, said
             assert [line.startswith("error: ") for line in said[-2:]] == [False, True], said
-            assert "o space left" in said[-1] or "no room" in said[-1]
+            assert "cannot save" in said[-1] or "no room" in said[-1]
             assert not any("Traceback" in line for line in said), said
             print("filled", filled, saves, said[-1])
             filled += 1
@@ -505,6 +505,27 @@ def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(
     arguments = [*options, *STAGES, "--checkpoint-every", str(every), "--output", str(output)]
     assert main(arguments) == 1
     assert "No space left on device" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert_same_run(output, whole)
+
+
+@pytest.mark.parametrize("part", ["step", "epoch", "close"])
+def test_a_full_disk_for_the_record_of_a_run_is_one_clear_error(options, whole, tmp_path, monkeypatch, capsys, part):
+    calls = []
+    real = getattr(trainer.History, part)
+
+    def full_later(*arguments):
+        calls.append(arguments)
+        if len(calls) == (1 if part == "close" else 2):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(trainer.History, part, full_later)
+    output = tmp_path / "run"
+    arguments = [*options, *STAGES, "--output", str(output)]
+    assert main(arguments) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: cannot save the run in {output}: No space left on device; ")
     assert main([*arguments, "--resume"]) == 0
     assert_same_run(output, whole)
 

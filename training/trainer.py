@@ -169,7 +169,7 @@ class Trainer:
         """Train to the end, from wherever `progress` is. Returns the best dev score.
 
         Raises:
-            TrainingError: the loss is not finite, or a checkpoint cannot be written.
+            TrainingError: the loss is not finite, or a part of the run cannot be written.
             Interrupted: SIGINT or SIGTERM came; the state has been saved first.
         """
         if not self.config.resume and (self.output / STATE).exists():
@@ -177,15 +177,21 @@ class Trainer:
                 f"{self.output} holds a run already; go on with it by --resume, or choose another --output"
             )
         resumed = self.restore() if self.config.resume else None
-        with self.graceful_stop():
-            while self.progress.stage < len(self.stages):
-                self.run_stage(self.stages[self.progress.stage], resumed)
-                resumed = None
-                self.progress = dataclasses.replace(
-                    self.progress, stage=self.progress.stage + 1, epoch=0, batch=0, step=0, stale=0
-                )
-        if self.history:
-            self.history.close()
+        try:
+            with self.graceful_stop():
+                while self.progress.stage < len(self.stages):
+                    self.run_stage(self.stages[self.progress.stage], resumed)
+                    resumed = None
+                    self.progress = dataclasses.replace(
+                        self.progress, stage=self.progress.stage + 1, epoch=0, batch=0, step=0, stale=0
+                    )
+            if self.history:
+                self.history.close()
+        except OSError as error:
+            raise TrainingError(
+                f"cannot save the run in {self.output}: {error.strerror or error}; "
+                "what was saved before is whole, so free some space and run again with --resume"
+            ) from error
         return self.progress.best
 
     def run_stage(self, stage: Stage, resumed: dict[str, Tensor] | None) -> None:
@@ -575,14 +581,8 @@ class Trainer:
             "progress": json.dumps(dataclasses.asdict(self.progress)),
             "config": json.dumps(options_for_resuming(self.config)),
         }
-        try:
-            with replacing(self.output / STATE) as (path,):
-                save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
-        except OSError as error:
-            raise TrainingError(
-                f"cannot save the training state in {self.output}: {error.strerror or error}; "
-                "what was saved before is whole, so free some space and run again with --resume"
-            ) from error
+        with replacing(self.output / STATE) as (path,):
+            save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
     def restore(self) -> dict[str, Tensor] | None:
         """Take up the progress of the last saved state; None where there is none, so training starts anew."""
