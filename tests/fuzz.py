@@ -462,8 +462,8 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> Any:
 @contextlib.contextmanager
 def page(captioner: Captioner) -> Iterator[str]:
     """The page's address for as long as the block lasts, with the same limit of pixels as the other ways."""
-    limited = functools.partial(Service, max_pixels=MAX_PIXELS)
-    with unittest.mock.patch("app.server.Service", limited), run_app({"small": captioner}, max_upload_mb=100) as url:
+    service = functools.partial(Service, max_pixels=MAX_PIXELS)
+    with unittest.mock.patch("app.server.Service", service), run_app({"small": captioner}, max_upload_mb=100) as url:
         yield url
 
 
@@ -472,9 +472,11 @@ def limited(name: str, slowest: dict[str, float]) -> Iterator[None]:
     """A block that may take so many `SECONDS`, else AssertionError is raised. One that hangs ends the process."""
     faulthandler.dump_traceback_later(600, exit=True)  # a codec cannot be interrupted otherwise; others may be busy
     began = time.process_time()
-    yield
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     took = time.process_time() - began
-    faulthandler.cancel_dump_traceback_later()
     slowest[name] = max(slowest.get(name, 0.0), took)
     assert took < SECONDS, f"{name} took {took:.1f} s"
 

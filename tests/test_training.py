@@ -223,7 +223,7 @@ def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_i
                 time.sleep(0.002)
             process.join(chance.uniform(0, 0.2 if wanted else 2))
             filler = fill(disk, chance.choice([0, chance.randrange(2**15), chance.randrange(2**24)]))
-            process.join(120)
+            process.join(600)
             if process.exitcode == 0:
                 break
             said = errors.read_text().splitlines()
