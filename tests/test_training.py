@@ -220,13 +220,13 @@ def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_i
                 time.sleep(0.002)
             process.join(chance.uniform(0, 0.2 if wanted else 2))
             filler = fill(disk, chance.choice([0, chance.randrange(2**15), chance.randrange(2**24)]))
-            process.join(120)
+            process.join(600)
             if process.exitcode == 0:
                 break
             printed = errors.read_text().splitlines()
             assert process.exitcode == 1, printed
             assert [line.startswith("error: ") for line in printed[-2:]] == [False, True], printed
-            assert "o space left" in printed[-1] or "no room" in printed[-1]
+            assert "cannot save" in printed[-1] or "no room" in printed[-1]
             assert not any("Traceback" in line for line in printed), printed
             print("filled", filled, saves, printed[-1])
             filled += 1
@@ -524,6 +524,27 @@ def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(
     arguments = [*options, *STAGES, "--checkpoint-every", str(every), "--output", str(output)]
     assert main(arguments) == 1
     assert "No space left on device" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert_same_run(output, whole)
+
+
+@pytest.mark.parametrize("part", ["step", "epoch", "close"])
+def test_a_full_disk_for_the_record_of_a_run_is_one_clear_error(options, whole, tmp_path, monkeypatch, capsys, part):
+    calls = []
+    real = getattr(trainer.History, part)
+
+    def full_later(*arguments):
+        calls.append(arguments)
+        if len(calls) == (1 if part == "close" else 2):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(trainer.History, part, full_later)
+    output = tmp_path / "run"
+    arguments = [*options, *STAGES, "--output", str(output)]
+    assert main(arguments) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: cannot save the run in {output}: No space left on device; ")
     assert main([*arguments, "--resume"]) == 0
     assert_same_run(output, whole)
 

@@ -104,7 +104,7 @@ def save_state(
     """Write the state into one file of the run folder, completely or not at all.
 
     Raises:
-        TrainingError: it cannot be written; the previous state is kept.
+        OSError: it cannot be written; the previous state is kept.
     """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
@@ -115,14 +115,8 @@ def save_state(
         "progress": json.dumps(dataclasses.asdict(progress)),
         "config": json.dumps(options_for_resuming(config)),
     }
-    try:
-        with replacing(Path(config.output) / STATE) as path:
-            save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot save the training state in {config.output}: {error.strerror or error}; "
-            "what was saved before is whole, so free some space and run again with --resume"
-        ) from error
+    with replacing(Path(config.output) / STATE) as path:
+        save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
 def load_state(config: TrainConfig) -> tuple[Progress, dict[str, Tensor] | None]:
