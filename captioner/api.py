@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
-import torch
+import numpy as np
 from PIL import Image
 
+from captioner.arrays import Array, to_numpy
 from captioner.captions import Caption
 from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe, reason
+from captioner.engine import Engine
+from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe
+from captioner.network.engine import TorchEngine, choose_device
 from captioner.options import Options, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.reading import Photo, read_batches, read_photo
@@ -26,9 +29,10 @@ from captioner.search import (
     Distribution,
     Hypotheses,
     beam_search,
+    follow,
     sample,
 )
-from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
+from captioner.vocabulary import END, PAD, SPECIAL
 
 MAX_ROWS = 8000  # captions followed at a time, over all images of a batch; with more, smaller batches are made
 
@@ -41,16 +45,19 @@ class Captioner:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model = checkpoint.model.eval()
+        self.engine: Engine = TorchEngine(checkpoint.model)
+        self.config = checkpoint.model.config
         self.vocabulary = checkpoint.vocabulary
         self.preprocessing = checkpoint.preprocessing
         self.about = checkpoint.about
-        self.model.decoder.remember_words()
+
+    @property
+    def model(self) -> Any:
+        """The network in torch."""
+        return self.engine.model
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike[str] | None = None, device: str | torch.device | None = None
-    ) -> "Captioner":
+    def from_pretrained(cls, name: str | os.PathLike[str] | None = None, device: str | None = None) -> "Captioner":
         """Load a model.
 
         Args:
@@ -199,10 +206,10 @@ class Captioner:
             raise ValueError(f"{option} {value} is too many: a caption may begin with one of {most} words")
         shared: dict[str, Any] = {"max_length": max_length, "block_ngrams": block_ngrams}
         if sampling:
-            search = partial(sample, self.model.decoder, samples=rows, **drawn, **shared)
+            search = partial(sample, self.engine, samples=rows, **drawn, **shared)
             distribution = Distribution(block_ngrams, drawn.get("temperature", 1.0), drawn.get("top_p", 1.0))
         else:
-            search = partial(beam_search, self.model.decoder, beam_size=rows, length_penalty=length_penalty, **shared)
+            search = partial(beam_search, self.engine, beam_size=rows, length_penalty=length_penalty, **shared)
             distribution = Distribution(block_ngrams)
         batches = read_batches(
             iter(sources),
@@ -214,7 +221,7 @@ class Captioner:
     def results(
         self,
         batches: Generator[list[Photo | ImageError], None, None],
-        search: Callable[[torch.Tensor], Hypotheses],
+        search: Callable[[Array], Hypotheses],
         alternatives: int,
         distribution: Distribution,
         keep_annotations: bool,
@@ -231,10 +238,9 @@ class Captioner:
                 for photo in batch:
                     yield photo if isinstance(photo, ImageError) else next(captions)
 
-    def annotate(self, photos: Sequence[Photo]) -> torch.Tensor:
+    def annotate(self, photos: Sequence[Photo]) -> Array:
         """The annotation vectors of photographs, (batch, regions, channels)."""
-        with torch.inference_mode():
-            return self.model.annotate(self.preprocessing([photo.pixels for photo in photos]).to(self.model.device))
+        return self.engine.annotate(self.preprocessing([photo.pixels for photo in photos]))
 
     def teacher_forced(
         self, image: ImageSource, text: str, max_pixels: float = MAX_PIXELS, keep_annotations: bool = False
@@ -259,16 +265,9 @@ class Captioner:
         if unknown := [word for word in words if word not in self.vocabulary.words[len(SPECIAL) :]]:
             raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}")
         photo = read_photo(image, self.preprocessing, max_pixels)
-        ids = torch.tensor([[self.vocabulary.encode(words)]], device=self.model.device)
-        with torch.inference_mode():
-            annotations = self.annotate([photo])
-            output = self.model.decoder(annotations, ids)
-            logits = output.logits.index_fill(1, torch.tensor([PAD, START, UNKNOWN], device=ids.device), float("-inf"))
-            logits[0, END] = float("-inf")  # as in search, where no caption is empty
-            log_probabilities = logits.log_softmax(dim=-1).gather(1, output.targets[:, None])
-        found = Hypotheses(
-            ids[..., 1:], log_probabilities.view(1, 1, -1), output.alpha, log_probabilities.new_zeros(1, 1)
-        )
+        annotations = self.annotate([photo])
+        ids = self.engine.array(np.array([[self.vocabulary.encode(words)[1:]]]))
+        found = follow(self.engine, annotations, ids)
         return self.read(found, [photo], 0, Distribution(), annotations if keep_annotations else None)[0]
 
     def read(
@@ -277,17 +276,16 @@ class Captioner:
         photos: Sequence[Photo],
         alternatives: int,
         distribution: Distribution,
-        annotations: torch.Tensor | None,
+        annotations: Array | None,
     ) -> list[Caption]:
         """Turn what a search found into captions, each with its annotation vectors where they are given."""
-        words, alphas = found.words.cpu().numpy(), found.alpha.float().cpu().numpy()
-        log_probabilities = found.log_probabilities.cpu().numpy()
-        grid = self.model.config.grid
-        pixels = self.model.encoder.displacement
+        words, alphas, log_probabilities = map(to_numpy, (found.words, found.alpha, found.log_probabilities))
+        grid = self.config.grid
+        pixels = self.engine.displacement
         displacement = (pixels / self.preprocessing.size[0], pixels / self.preprocessing.size[1])
         captions = []
         # Copied, so that no caption keeps the arrays of its whole batch in memory.
-        kept = None if annotations is None else [array.copy() for array in annotations.float().cpu().numpy()]
+        kept = None if annotations is None else [array.copy() for array in to_numpy(annotations)]
         for i, photo in enumerate(photos):
             rows = []
             for j in range(alternatives + 1):
@@ -300,7 +298,7 @@ class Captioner:
                         word_log_probabilities=tuple(log_probabilities[i, j, :length].tolist()),
                         attention=maps.mean(axis=1),
                         image=photo.preview,
-                        head_attention=maps.copy() if self.model.decoder.heads > 1 else None,
+                        head_attention=maps.copy() if self.engine.heads > 1 else None,
                         displacement=displacement,
                         source=photo.path,
                         size=photo.size,
@@ -310,21 +308,6 @@ class Captioner:
                 )
             captions.append(dataclasses.replace(rows[0], alternatives=tuple(rows[1:])))
         return captions
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None is the CPU, "auto" a GPU where there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device or "cpu").cpu()
-    except Exception as error:  # each backend has its own
-        raise ValueError(f"cannot use device {str(device)!r}: {reason(error)}") from error
-    return torch.device(device or "cpu")
 
 
 def find_model(name: str | os.PathLike[str]) -> Path:

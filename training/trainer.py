@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from captioner.arrays import gather_rows
 from captioner.checkpoint import (
     WEIGHTS,
     Checkpoint,
@@ -31,7 +32,7 @@ from captioner.images import Preprocessing
 from captioner.network.attention import EXPECTED, HardAttention
 from captioner.network.decoder import TeacherForced
 from captioner.network.model import ShowAttendTell
-from captioner.search import BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH, beam_search, gather_rows, sample
+from captioner.search import BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH, beam_search, sample
 from captioner.vocabulary import END, PAD, SPECIAL, START, Vocabulary
 from training.batches import Batch, EpochBatches, ImageSource, Source, encode_captions
 from training.composed import Composed, add_composed, compose, composed_loss, content_words, split_composed

@@ -27,12 +27,15 @@ class Attended(NamedTuple):
     choice_log_probability: (images, rows), logarithm of the probability of the region that was drawn, from which
         `hard` attention learns; None where nothing is drawn.
     drawn: (images, rows), that region, or `EXPECTED` where the expected context vector was seen; None likewise.
+    scores: (images, rows, regions), how well each region answered, before softmax; None where regions are not scored,
+        or by several heads.
     """
 
     context: Tensor
     alpha: Tensor
     choice_log_probability: Tensor | None = None
     drawn: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -66,8 +69,9 @@ class Attention(nn.Module):
             drawn: (images, rows), what an earlier call gave as `Attended.drawn`, for the same regions to be seen
                 again; None to draw. Only `hard` attention draws.
         """
-        alpha = masked_scores(self.scores(hidden, keys), mask).softmax(dim=-1)
-        return Attended(alpha @ annotations, alpha.unsqueeze(2))
+        scores = self.scores(hidden, keys)
+        alpha = masked_scores(scores, mask).softmax(dim=-1)
+        return Attended(alpha @ annotations, alpha.unsqueeze(2), scores=scores)
 
 
 def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -88,6 +92,17 @@ class NoAttention(Attention):
     def scores(self, hidden: Tensor, keys: Tensor) -> Tensor:
         """Zero for every region, (images, rows, regions)."""
         return hidden.new_zeros(*hidden.shape[:2], keys.shape[1])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        annotations: Tensor,
+        mask: Tensor | None = None,
+        drawn: Tensor | None = None,
+    ) -> Attended:
+        """See `Attention.forward`."""
+        return super().forward(hidden, keys, annotations, mask)._replace(scores=None)
 
 
 class AdditiveAttention(Attention):
@@ -163,7 +178,8 @@ class HardAttention(AdditiveAttention):
         drawn: Tensor | None = None,
     ) -> Attended:
         """See `Attention.forward`; in training `alpha` is the distribution, whatever was drawn from it."""
-        log_alpha = masked_scores(self.scores(hidden, keys[..., :-1]), mask).log_softmax(dim=-1)
+        scores = self.scores(hidden, keys[..., :-1])
+        log_alpha = masked_scores(scores, mask).log_softmax(dim=-1)
         alpha = log_alpha.exp()
         if drawn is None:
             if self.training:
@@ -175,9 +191,9 @@ class HardAttention(AdditiveAttention):
         weights = torch.where(expected, alpha, torch.zeros_like(alpha).scatter(-1, region, 1.0))
         context = weights @ annotations
         if not self.training:
-            return Attended(context, weights.unsqueeze(2))
+            return Attended(context, weights.unsqueeze(2), scores=scores)
         choice_log_probability = log_alpha.gather(-1, region).masked_fill(expected, 0.0).squeeze(-1)
-        return Attended(context, alpha.unsqueeze(2), choice_log_probability, drawn)
+        return Attended(context, alpha.unsqueeze(2), choice_log_probability, drawn, scores)
 
 
 class DotAttention(Attention):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from captioner.engine import Step
 from captioner.network.attention import Attended, build_attention
 from captioner.vocabulary import PAD
 
@@ -27,23 +28,6 @@ class State(NamedTuple):
 
     hidden: Tensor
     cell: Tensor
-
-
-class Step(NamedTuple):
-    """What one step gives.
-
-    logits: (images, rows, vocabulary), scores of the next word before softmax.
-    state: the state after it.
-    alpha: (images, rows, heads, regions), where it looked; sums to 1 over the regions.
-    beta: (images, rows), how far the context vector was let in, 0 to 1; None where there is no such gate.
-    drawn: (images, rows, layers), the region that each layer's attention drew; see `Attended`.
-    """
-
-    logits: Tensor
-    state: Any
-    alpha: Tensor
-    beta: Tensor | None = None
-    drawn: Tensor | None = None
 
 
 class TeacherForced(NamedTuple):
@@ -162,7 +146,8 @@ class AttentionLSTM(nn.Module):
             word_gates = nn.functional.embedding(words, self.gates_of_words)
         state, attended, beta = self.advance(memory, state, word_gates)
         drawn = None if attended.drawn is None else attended.drawn[..., None]
-        return Step(self.predict(embedded, state.hidden, attended.context), state, attended.alpha, beta, drawn)
+        logits = self.predict(embedded, state.hidden, attended.context)
+        return Step(logits, state, attended.alpha, beta, drawn, attended.scores)
 
     def forward(
         self,

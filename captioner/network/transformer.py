@@ -9,8 +9,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from captioner.engine import Step
 from captioner.network.attention import Attended, build_attention, merge_heads, split_heads
-from captioner.network.decoder import Memory, Step, TeacherForced
+from captioner.network.decoder import Memory, TeacherForced
 from captioner.vocabulary import PAD
 
 
@@ -169,16 +170,10 @@ class DecoderLayer(nn.Module):
         # Every place of every caption looks for itself: to the mechanism they are rows of one image.
         drawn = None if drawn is None else drawn.flatten(1, 2)
         attended = self.attention(self.norms[1](x).flatten(1, 2), memory.keys, memory.annotations, memory.mask, drawn)
-        context, alpha, choice_log_probability, region = (
-            None if part is None else part.unflatten(1, (rows, new)) for part in attended
-        )
-        x = x + self.dropout(self.read(context))
+        attended = Attended(*(None if part is None else part.unflatten(1, (rows, new)) for part in attended))
+        x = x + self.dropout(self.read(attended.context))
         x = x + self.dropout(self.feed_forward(self.norms[2](x)))
-        return (
-            x,
-            present.unflatten(0, (images, rows)),
-            Attended(cast(Tensor, context), cast(Tensor, alpha), choice_log_probability, region),
-        )
+        return x, present.unflatten(0, (images, rows)), attended
 
 
 class TransformerDecoder(nn.Module):
