@@ -39,7 +39,9 @@ SAMPLES = Path(__file__).parent / "assets" / "samples"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m app.benchmark", description="Measure the server under load.")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {__package__}.benchmark", description="Load a server, and measure."
+    )
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 32], help="clients at the same time")
     parser.add_argument("--requests", type=positive, default=64, help="photographs sent for each number of clients")
     parser.add_argument("--endurance", type=int, default=0, help="then send so many more and look at the memory")
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "app", "--port", str(port), "--model", options.model]
+    command = [sys.executable, "-m", __package__, "--port", str(port), "--model", options.model]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     folder = Path(tempfile.mkdtemp())
     try:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import JSONResponse
 
-from app.service import Refused, shown
+from .service import Refused, shown
 
 log = logging.getLogger("captioner.app")
 

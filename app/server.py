@@ -1,4 +1,4 @@
-"""The page as a web application, with what surrounds it: health, limits, an end, and a cache that is emptied."""
+"""The page as a web application: its limits, /health, an orderly shutdown, and the deletion of uploads."""
 
 import asyncio
 import contextlib
@@ -16,17 +16,18 @@ from gradio.server_messages import ProcessCompletedMessage
 from gradio.utils import get_upload_folder
 from starlette.routing import Mount
 
-from app.auth import Passwords
-from app.guard import Gate
-from app.page import CSS, KEEP_SECONDS, THEME, build
-from app.service import Service
 from captioner import Captioner
+
+from .auth import Passwords
+from .guard import Gate, Page
+from .page import CSS, KEEP_SECONDS, THEME, build
+from .service import Service
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 FAVICON = Path(__file__).parent / "assets" / "favicon.svg"
-GRACE_SECONDS = 3  # how long requests may go on when the server is told to stop
+GRACE_SECONDS = 3  # for which running requests go on when the server is told to stop
 STOPPED = "The server was stopped before this request was answered: send it again."
-SESSIONS = 256  # whose last values are kept: Gradio's default of 10,000 fills the memory
+SESSIONS = 256  # pages whose last values are kept; Gradio's default of 10,000 would fill the memory
 
 
 def create(
@@ -38,19 +39,19 @@ def create(
     root_path: str = "",
     keep_seconds: int = KEEP_SECONDS,
 ) -> FastAPI:
-    """The whole application, to be served by uvicorn.
+    """The web application, to be served by uvicorn.
 
     Args:
         models: by the name that the page shows; at least one.
-        auth: names and passwords of those who may enter; None for everybody.
+        auth: names and passwords of those who may log in; None admits everybody.
         max_upload_mb: larger files are refused.
         concurrency: batches that are captioned at the same time.
-        queue: requests that may wait; those who come when it is full are told so.
-        root_path: where a reverse proxy shows the page.
-        keep_seconds: uploads and downloads are deleted after so long.
+        queue: requests that may wait; with a full queue further ones are refused.
+        root_path: the page's path behind a reverse proxy.
+        keep_seconds: age in seconds at which uploads and downloads are deleted.
     """
     with contextlib.suppress(ImportError):
-        # Gradio would import it at the first request, and answer nobody else for so long.
+        # Gradio imports it at the first request, and would answer nobody else meanwhile.
         importlib.import_module("matplotlib.pyplot")
     service = Service(models, concurrency=concurrency)
 
@@ -65,16 +66,22 @@ def create(
 
     @server.get("/health")
     async def health() -> dict[str, object]:
-        """Whether the server is up, and with which models; it needs no thread, so that it never waits for one."""
+        """Whether the server is up, and with which models. It needs no thread, so it answers however busy they are."""
         return {"status": "ok", "models": list(models)}
 
-    # Gradio's statistics, which nobody sees here, grow with every request, and are computed anew after each.
+    # Gradio's statistics, which are not shown here, grow with every request and are computed anew after each.
     os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9)}
     page = build(service, SAMPLES, concurrency, keep_seconds)
     page.queue(max_size=queue, default_concurrency_limit=concurrency, api_open=False)
-    page.has_launched = True  # as Blocks.launch() says; only then does Gradio refuse paths that nobody uploaded
+    mount(server, page, auth, max_upload_mb, root_path)
+    return server
+
+
+def mount(server: FastAPI, page: Page, auth: Passwords | None, max_upload_mb: int, root_path: str) -> None:
+    """Serve the page at the root of the server, behind the Gate; for the arguments see `create`."""
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # or clients could have the server write to the Hub
+    page.has_launched = True  # as Blocks.launch() sets it; only then does Gradio refuse paths that were not uploaded
     page.state_session_capacity = SESSIONS
-    os.environ["GRADIO_RUN_HISTORY"] = "False"  # the server would write it to the Hub for those who ask
     gr.mount_gradio_app(
         server,
         page,
@@ -82,7 +89,7 @@ def create(
         auth=auth.check if auth else None,
         max_file_size=max_upload_mb * 1024 * 1024,
         root_path=root_path or None,
-        show_error=False,  # only messages that are meant for people, not those of every exception
+        show_error=False,  # clients see the messages of gradio.Error, not those of every exception
         allowed_paths=[str(SAMPLES)],
         favicon_path=FAVICON,
         ssr_mode=False,
@@ -92,14 +99,13 @@ def create(
     )
     server.state.page, server.state.gradio = page, next(one.app for one in server.routes if isinstance(one, Mount))
     server.add_middleware(Gate, page=page, gradio=server.state.gradio)
-    return server
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but everybody who waits for a caption when it is told to stop gets it soon or hears of the end."""
+    """uvicorn, but requests that wait when it is told to stop get an answer: a caption in time, or an error."""
 
     async def shutdown(self, sockets: Any = None) -> None:
-        """Take no new connections, let running requests end, tell the rest, and close."""
+        """Take no new connections, let running requests end, answer the rest with an error, and close."""
         for listener in self.servers:
             listener.close()
         app: Any = self.config.app
@@ -114,7 +120,7 @@ def configure(server: FastAPI, host: str, port: int, **options: Any) -> Server:
 
 
 async def drain(page: gr.Blocks, seconds: float) -> None:
-    """Let the queue go on for so long, then tell everybody who still waits that the server stops."""
+    """Let the queue go on for that many seconds, then answer all waiting requests with `STOPPED`."""
     queue, until = page._queue, time.monotonic() + seconds
     while (any(queue.active_jobs) or len(queue)) and time.monotonic() < until:
         await asyncio.sleep(0.05)
@@ -122,12 +128,12 @@ async def drain(page: gr.Blocks, seconds: float) -> None:
         waiting.queue.clear()
     for event in list(queue.event_ids_to_events.values()):
         queue.send_message(event, ProcessCompletedMessage(output={"error": STOPPED}, success=False))
-    await asyncio.sleep(0.2)  # until that is sent
+    await asyncio.sleep(0.2)  # until the answers are sent
     queue.close()
 
 
 async def sweep(folder: Path, keep_seconds: float) -> None:
-    """Delete what uploads left that were broken off; Gradio deletes only those that were completed."""
+    """Delete the remains of interrupted uploads; Gradio deletes only completed ones."""
     while True:
         await asyncio.sleep(max(1, keep_seconds / 4))
         for file in folder.glob("tmp*"):

@@ -1,33 +1,21 @@
 """What the page and the API ask for: captions of files as plain data, and errors as sentences for people."""
 
-import base64
-import csv
 import ctypes
 import dataclasses
-import io
 import json
 import logging
-import math
 import os
 import reprlib
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
-from PIL import Image
 
 from captioner import Caption, Captioner, ImageError
 from captioner.explain import explain
-from captioner.heatmap import shrink, upsample
 from captioner.images import MAX_PIXELS
 from captioner.options import Options
 
-PHOTO_WIDTH = 720  # pixels of the photograph on the page, which is at most twice as high
-MAP_SIZE = 28  # rows and columns of a map on the page, which the browser makes smooth
 MOST_CAPTIONS, MOST_WORDS = 10, 50
 FAILED = "The server failed on this request. The cause is in its log; the other requests are not affected."
 
@@ -245,87 +233,3 @@ def return_memory() -> None:
     """Give memory that is no longer used back to the system."""
     if TRIM:
         TRIM(0)
-
-
-def view(caption: Caption) -> dict[str, Any]:
-    """A caption as the page shows it: the photograph, and for every word its maps, which the browser lays over it."""
-    photo = shrink(caption.image, PHOTO_WIDTH, enlarge=False)
-    return {
-        "photo": data_uri(photo),
-        "width": photo.width,
-        "height": photo.height,
-        "heads": caption.heads,
-        "regions": math.prod(caption.attention.shape[1:]),
-        "captions": [caption_view(each) for each in (caption, *caption.alternatives)],
-    }
-
-
-def caption_view(caption: Caption) -> dict[str, Any]:
-    """The text of a caption, how sure the model is of it and of each word, and each word's maps (mean first)."""
-    heads = [None, *range(caption.heads)] if caption.heads > 1 else [None]
-    return {
-        "text": caption.sentence(),
-        "confidence": caption.confidence,
-        "log_probability": caption.log_probability,
-        "words": [
-            {
-                "word": word,
-                "confidence": float(np.exp(caption.word_log_probabilities[number])),
-                "maps": [packed_map(caption.maps(head)[number], caption.displacement) for head in heads],
-            }
-            for number, word in enumerate(caption.words)
-        ],
-    }
-
-
-def packed_map(weights: np.ndarray, displacement: tuple[float, float]) -> dict[str, Any]:
-    """A map for the browser.
-
-    Returns:
-        bytes: base64 of MAP_SIZE * MAP_SIZE bytes, the largest 255; peak: the map's largest weight, as a multiple of
-        an even map's, for which that 255 stands.
-    """
-    heat = upsample(weights, (MAP_SIZE, MAP_SIZE), displacement)
-    packed = base64.b64encode((255 * heat).round().astype(np.uint8).tobytes()).decode()
-    return {"bytes": packed, "peak": float(weights.max() * weights.size)}
-
-
-def data_uri(picture: Image.Image) -> str:
-    """A picture as a JPEG inside an address."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def as_json(rows: Sequence[dict[str, Any]]) -> bytes:
-    """The table of many photographs as JSON."""
-    return (json.dumps(list(rows), indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def as_csv(rows: Sequence[dict[str, Any]]) -> bytes:
-    """The table of many photographs as CSV."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, ["file", "caption", "confidence", "error"], extrasaction="ignore")
-    table.writeheader()
-    # A cell that begins like a formula is text to a spreadsheet only with a quote before it.
-    table.writerows(
-        {key: f"'{value}" if str(value)[:1] in tuple("=+-@") else value for key, value in row.items()} for row in rows
-    )
-    return text.getvalue().encode("utf-8-sig")
-
-
-def as_zip(names: Sequence[str], captions: Sequence[Caption]) -> bytes:
-    """A picture for each photograph: every word over its map. Equal names are numbered."""
-    buffer = io.BytesIO()
-    taken: set[str] = set()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, caption in zip(names, captions, strict=True):
-            stem, number = Path(name).stem or "photo", 1
-            while (entry := f"{stem}{'' if number == 1 else f'-{number}'}.jpg") in taken:
-                number += 1
-            taken.add(entry)
-            picture = io.BytesIO()
-            figure = caption.figure() if caption.words else shrink(caption.image, PHOTO_WIDTH, enlarge=False)
-            figure.save(picture, "JPEG", quality=88)
-            archive.writestr(entry, picture.getvalue())
-    return buffer.getvalue()

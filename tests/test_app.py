@@ -40,8 +40,9 @@ from app.benchmark import (
     wait_for,
 )
 from app.page import build
+from app.rendering import PHOTO_WIDTH, as_csv, as_json, as_zip, viewer_result
 from app.server import STOPPED
-from app.service import FAILED, PHOTO_WIDTH, Refused, Service, Settings, as_csv, as_json, as_zip, settings_of, view
+from app.service import FAILED, Refused, Service, Settings, settings_of
 from captioner import Caption, Captioner, list_models, reading
 from captioner.checkpoint import Checkpoint
 from captioner.explain import explain, normalised_entropy
@@ -167,7 +168,10 @@ def test_large_photos_are_kept_small_and_captioned_as_the_library_does(small, tm
     assert answer.words == expected.words
     assert np.array_equal(answer.attention, expected.attention)
     assert {one.image.size for one in (answer, *answer.alternatives)} == {(1024, 717)}
-    assert (view(answer)["width"], view(answer)["height"]) == (PHOTO_WIDTH, round(2100 * PHOTO_WIDTH / 3000))
+    assert (viewer_result(answer)["width"], viewer_result(answer)["height"]) == (
+        PHOTO_WIDTH,
+        round(2100 * PHOTO_WIDTH / 3000),
+    )
     assert service.explain(answer, "small") == [step.to_dict() for step in explain(small, expected)]
 
 
@@ -176,9 +180,9 @@ def test_a_photo_goes_through_the_encoder_once_for_its_caption_and_its_steps(sma
     encoded = []
     hook = small.model.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
     functions = [one.fn for one in build(Service({"small": small})).fns.values()]
-    (caption_page,) = [one for one in functions if getattr(one, "__name__", "") == "caption_page"]
+    (show_photo,) = [one for one in functions if getattr(one, "__name__", "") == "show_photo"]
     paths = [str(path) for path in PATHS[:3]]
-    views, steps = caption_page(paths, [["small"]] * 3, *([value] * 3 for value in DEFAULTS))
+    views, steps = show_photo(paths, [["small"]] * 3, *([value] * 3 for value in DEFAULTS))
     hook.remove()
     assert sum(encoded) == 3
     for shown, numbers in zip(views, steps, strict=True):
@@ -209,7 +213,7 @@ def test_an_unknown_model_is_refused_with_those_there_are(default):
 
 def test_the_view_has_a_map_for_every_word_of_every_caption(default):
     caption = default.caption(PATHS[0], beam_size=3)
-    shown = view(caption)
+    shown = viewer_result(caption)
     assert [each["text"] for each in shown["captions"]] == [one.sentence() for one in (caption, *caption.alternatives)]
     for each in shown["captions"]:
         for word in each["words"]:
@@ -217,7 +221,7 @@ def test_the_view_has_a_map_for_every_word_of_every_caption(default):
             heat = np.frombuffer(base64.b64decode(packed["bytes"]), np.uint8)
             assert heat.shape == (28 * 28,)
             assert heat.max() == 255
-            assert 0 < word["confidence"] <= 1
+            assert 0 < word["probability"] <= 1
     assert shown["regions"] == caption.attention[0].size
     peaks = [word["maps"][0]["peak"] for word in shown["captions"][0]["words"]]
     assert peaks == pytest.approx([weights.max() / weights.mean() for weights in caption.attention], rel=1e-4)
@@ -304,7 +308,7 @@ def test_files_of_many_captions(default):
 def test_a_thin_photo_is_shown_and_saved_as_small_as_others(small, size):
     caption = small.caption(Image.new("RGB", size, "red"), max_length=4)
     wordless = dataclasses.replace(caption, words=(), attention=caption.attention[:0])
-    shown = view(caption)
+    shown = viewer_result(caption)
     assert 1 <= shown["width"] <= 720
     assert 1 <= shown["height"] <= 1440
     with Image.open(io.BytesIO(base64.b64decode(shown["photo"].split(",")[1]))) as photo:
@@ -614,7 +618,7 @@ def test_wrong_usage_and_what_cannot_start_is_one_clear_line(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(["--port", "0"])
     assert main(["--model", "/no/such/model"]) == 1
-    assert "app: there is no model '/no/such/model'" in capsys.readouterr().err
+    assert ": there is no model '/no/such/model'" in capsys.readouterr().err
     for text, message in (("ann", "line 1"), ("\n", "names nobody")):
         (tmp_path / "people").write_text(text)
         assert main(["--auth-file", str(tmp_path / "people")]) == 1

@@ -488,7 +488,7 @@ def test_a_line_for_the_file_is_made_from_standard_input(monkeypatch, capsys, tm
     for name, typed in (("", "a"), ("a:b", "a"), ("#a", "a"), ("eve", "")):
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         assert main(["--hash-password", name]) == 1
-        assert capsys.readouterr().err.startswith("app: ")
+        assert capsys.readouterr().err.startswith("python -m app: ")
 
 
 @pytest.mark.parametrize(

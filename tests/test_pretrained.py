@@ -1,19 +1,15 @@
-"""The models in the package: their names, what is said about them, what they can do, and how they are shipped."""
+"""The models in the package: their names, what is said about them, and what they can do."""
 
-import email
 import json
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 from conftest import PHOTOS
 
 from captioner import Captioner, list_models, pretrained
-from captioner.checkpoint import WEIGHTS
-from captioner.pretrained import DEFAULT_MODEL, PRETRAINED
+from captioner.pretrained import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted(PHOTOS.glob("*.jpg"))
@@ -102,36 +98,3 @@ def test_a_model_card_has_its_scores_its_terms_and_its_limits(model):
 
 def test_the_small_model_is_small():
     assert {model.name: model.megabytes for model in list_models()}["small"] <= 30
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel as it is published, with empty files for the weights so that it is built quickly."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in ("captioner", "training", "app"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(WEIGHTS, "__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    for model in list_models():
-        (folder / "captioner" / "pretrained" / model.name / WEIGHTS).touch()
-    build = "from setuptools import build_meta; build_meta.build_wheel('.')"
-    subprocess.run([sys.executable, "-c", build], cwd=folder, check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
-        yield archive
-
-
-def test_the_wheel_holds_every_file_of_every_model(wheel):
-    files = [path for model in list_models() for path in model.folder.iterdir()] + [PRETRAINED / "LICENSE"]
-    assert len(files) > 4
-    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(wheel.namelist())
-
-
-def test_the_metadata_say_that_the_weights_are_not_under_the_licence_of_the_code(wheel):
-    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-    metadata = email.message_from_bytes(wheel.read(name))
-    assert metadata["License-Expression"] == "MIT AND LicenseRef-Weights-NonCommercial"
-    assert "weights: non-commercial use" in metadata["Summary"]
-    assert metadata.get_all("License-File") == ["LICENSE", "captioner/pretrained/LICENSE"]
-    for file in metadata.get_all("License-File"):
-        assert wheel.read(name.replace("METADATA", f"licenses/{file}")) == (ROOT / file).read_bytes()

@@ -21,7 +21,7 @@ function grid(values, digits, label) {
     for (const value of row) {
       const share = (value - low) / span;
       const cell = make("td", {}, value.toFixed(digits));
-      // Never so strong that the number could not be read on it, in light or in dark.
+      // Weak enough that the number is legible on it, in light and in dark mode.
       cell.style.background = `rgba(249, 115, 22, ${(0.35 * share).toFixed(3)})`;
       line.append(cell);
     }
@@ -46,13 +46,13 @@ function render() {
   if (!root) return;
   const steps = props.value && props.value.steps;
   if (!steps) {
-    root.replaceChildren(make("p", { class: "hint" }, "Caption a photo on the first tab; its numbers appear here."));
+    root.replaceChildren(make("p", { class: "hint" }, "Choose a photo on the first tab. Its numbers appear here."));
     return;
   }
   at = Math.min(at, steps.length - 1);
   const shown = make("div");
   const slider = make("input", {
-    type: "range", min: 0, max: steps.length - 1, step: 1, value: at, "aria-label": "Which word",
+    type: "range", min: 0, max: steps.length - 1, step: 1, value: at, "aria-label": "Word of the caption",
     oninput: () => { at = Number(slider.value); show(); },
   });
   function show() {
@@ -61,22 +61,23 @@ function render() {
     const sentence = make("p", { class: "now" });
     steps.forEach((each, number) => sentence.append(number === at ? make("mark", {}, each.word) : each.word, " "));
     const left = make("div");
+    let number = 1;
     if (step.scores) {
-      left.append(make("h3", {}, "1. Scores"), make("p", {}, "How well each region answers the decoder's state h."), grid(step.scores, 1, "Scores"));
+      left.append(make("h3", {}, `${number++}. Scores`), make("p", {}, "How well each region matches the decoder's state h."), grid(step.scores, 1, "Scores"));
     }
     left.append(
-      make("h3", {}, `${step.scores ? 2 : 1}. Weights alpha, in percent`),
-      make("p", {}, "Softmax makes the scores positive, and 100 together."),
+      make("h3", {}, `${number++}. Weights alpha, in percent`),
+      make("p", {}, "The softmax of the scores. They sum to 100 %."),
       grid(step.weights.map((row) => row.map((value) => 100 * value)), 1, "Attention weights in percent"),
       make("h3", {}, "Entropy of the weights"),
-      make("p", {}, `As a share of the largest possible, log ${step.weights.flat().length}: 100 % for an even map, 0 % where one region has all the weight.`),
-      make("div", { class: "entropy" }, ...step.entropies.map((share, number) => bar(mapName(step, number), share, `${(100 * share).toFixed(1)} %`))),
+      make("p", {}, `As a share of its maximum, log ${step.weights.flat().length}: 100 % for an even map, 0 % if one region has all the weight.`),
+      make("div", { class: "entropy" }, ...step.entropies.map((share, place) => bar(mapName(step, place), share, `${(100 * share).toFixed(1)} %`))),
     );
     const right = make("div");
     if (step.beta !== null) {
-      right.append(make("h3", {}, "3. Context gate beta"), make("p", {}, "How much of what is seen is let in for this word."), bar("beta", step.beta, step.beta.toFixed(2)));
+      right.append(make("h3", {}, `${number++}. Context gate beta`), make("p", {}, "How much the context vector counts for this word."), bar("beta", step.beta, step.beta.toFixed(2)));
     }
-    right.append(make("h3", {}, "4. Next word"), make("p", {}, "The likeliest words and their probabilities."));
+    right.append(make("h3", {}, `${number}. Next word`), make("p", {}, "The likeliest words and their probabilities."));
     for (const { word, probability } of step.candidates) right.append(bar(word, probability, `${(100 * probability).toFixed(1)} %`));
     shown.replaceChildren(sentence, make("div", { class: "columns" }, left, right));
   }

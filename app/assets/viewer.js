@@ -1,5 +1,5 @@
-// The photograph, the words of its caption, and the map of the word that is pointed at. Everything a hover needs is
-// here already: no word asks the server.
+// The photo, the words of its caption, and the map of the word under the pointer. All maps are in the value already:
+// pointing at a word asks nothing of the server.
 const view = { strength: 0.65, colours: "inferno", head: 0, scale: "caption" };
 
 function make(tag, attributes = {}, ...children) {
@@ -15,7 +15,7 @@ function make(tag, attributes = {}, ...children) {
 const percent = (share) => `${Math.round(100 * share)} %`;
 const times = (multiple) => `${multiple.toFixed(1)}×`;
 
-// As captioner.heatmap.overlay: dim what was not looked at, cover what was with the map's colours. `heat` are bytes.
+// As captioner.heatmap.overlay: regions of low weight are dimmed, those of high weight get the colours. `heat`: bytes.
 function layers(heat, width) {
   const table = props.tables[view.colours];
   return [
@@ -35,8 +35,8 @@ function cover(canvas, heat, width) {
   for (const layer of layers(heat, width)) context.drawImage(layer, 0, 0, canvas.width, canvas.height);
 }
 
-// `map` has the bytes of a map whose largest is 255, and `peak`, which that largest weight is as a multiple of an even
-// map's weight; `top` is the multiple that the brightest colour stands for.
+// `map.bytes`: a map whose largest byte is 255. `map.peak`: the weight that 255 stands for, as a multiple of an even
+// map's weight. `top`: the multiple that the brightest colour stands for.
 function draw(canvas, photo, map, top) {
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = true;
@@ -47,7 +47,7 @@ function draw(canvas, photo, map, top) {
   cover(canvas, bytes, props.map_size);
 }
 
-// The colours from 0 to the top of the scale, as they look over middle grey, where an even map's weight is, and the
+// The colours from 0 to the top of the scale, drawn over middle grey, with a mark at the weight of an even map, and the
 // choice of the scale, which all results share.
 function legend(regions, redraw) {
   const ramp = make("canvas", { width: 256, height: 1, role: "img" });
@@ -55,7 +55,7 @@ function legend(regions, redraw) {
   const end = make("span", { class: "number" });
   const note = make("span", {});
   const scale = make("select", { class: "scale", onchange: () => { view.scale = scale.value; redraw(); } },
-    make("option", { value: "caption" }, "one for the caption"), make("option", { value: "word" }, "each word its own"));
+    make("option", { value: "caption" }, "per caption"), make("option", { value: "word" }, "per word"));
   const node = make("div", { class: "legend", "aria-live": "off" },
     make("span", {}, "0"), make("span", { class: "ramp" }, ramp, mark), end,
     make("div", { class: "note" }, note, make("label", {}, "Scale", scale)));
@@ -65,7 +65,7 @@ function legend(regions, redraw) {
     context.fillRect(0, 0, 256, 1);
     cover(ramp, Uint8Array.from({ length: 256 }, (_, place) => place), 256);
     scale.value = view.scale;
-    end.textContent = top ? times(top) : "the word’s largest";
+    end.textContent = top ? times(top) : "largest of the word";
     ramp.setAttribute("aria-label", `Colours of the weights, from 0 to ${end.textContent}`);
     mark.hidden = !top;
     mark.style.left = `${top ? 100 / top : 0}%`;
@@ -96,7 +96,7 @@ function result(one, alone, redrawAll) {
     const word = caption().words[number];
     draw(canvas, photo, word && mapOf(word), topOf(word));
     scale.show(topOf(word));
-    const lit = word && ` Lit: where the network looked for “${word.word}”, at most ${times(mapOf(word).peak)} an even map.`;
+    const lit = word && ` Attention for “${word.word}”: at most ${times(mapOf(word).peak)} the weight of an even map.`;
     canvas.setAttribute("aria-label", caption().text + (lit || ""));
     canvas.dataset.word = word ? word.word : "";
     [...words.children].forEach((button, place) => button.setAttribute("aria-pressed", String(place === number)));
@@ -116,8 +116,8 @@ function result(one, alone, redrawAll) {
           {
             type: "button",
             class: "word",
-            style: `--sure: ${word.confidence}`,
-            title: `${percent(word.confidence)} sure of this word; its largest weight is ${times(mapOf(word).peak)} an even map’s`,
+            style: `--probability: ${word.probability}`,
+            title: `Probability ${percent(word.probability)}; largest weight ${times(mapOf(word).peak)} that of an even map`,
             onmouseenter: () => show(place),
             onmouseleave: () => show(pinned),
             onfocus: () => show(place),
@@ -131,7 +131,7 @@ function result(one, alone, redrawAll) {
     strip.replaceChildren(
       ...caption().words.map((word, place) => {
         const small = make("canvas", { width: 160, height: Math.max(1, Math.round((160 * one.height) / one.width)), role: "img" });
-        small.setAttribute("aria-label", `Where the network looked for “${word.word}” in: ${caption().text}`);
+        small.setAttribute("aria-label", `Attention for “${word.word}” in: ${caption().text}`);
         draw(small, photo, mapOf(word), topOf(word));
         return make(
           "figure",
@@ -195,14 +195,14 @@ function result(one, alone, redrawAll) {
   one.captions.forEach((each, number) =>
     others.append(
       make("li", {}, make("button", { type: "button", onclick: () => choose(number) },
-        make("span", {}, each.text), make("span", { class: "number" }, `${percent(each.confidence)} sure`))),
+        make("span", {}, each.text), make("span", { class: "number" }, `confidence ${percent(each.confidence)}`))),
     ),
   );
   const node = make("section", { class: "result", "aria-label": one.model });
   if (!alone) node.append(make("p", { class: "model" }, one.model));
   node.append(words, make("div", { class: "stage" }, canvas), scale.node, make("div", { class: "bar" }, play, copy, download));
-  node.append(make("h3", {}, "Where it looked, word by word"), strip);
-  if (one.captions.length > 1) node.append(make("h3", {}, "The captions it thought of"), others);
+  node.append(make("h3", {}, "Attention, word by word"), strip);
+  if (one.captions.length > 1) node.append(make("h3", {}, "All captions found"), others);
   photo.onload = () => choose(0);
   photo.src = one.photo;
   function redraw() {
@@ -219,7 +219,7 @@ function render() {
   if (!root) return;
   const value = props.value;
   if (!value || !value.results) {
-    const text = (value && value.error) || "Choose a photo: its caption appears here, and every word shows where it looked.";
+    const text = (value && value.error) || "Choose a photo. Its caption appears here; point at a word to see where the network attended.";
     root.replaceChildren(make("p", value && value.error ? { class: "hint", role: "alert" } : { class: "hint" }, text));
     return;
   }
