@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -43,10 +43,12 @@ class Engine(Protocol):
     Attributes:
         heads: attention maps of each word.
         displacement: see `captioner.network.encoder.Encoder`.
+        device: where it computes.
     """
 
     heads: int
     displacement: float
+    device: str
 
     def annotate(self, images: np.ndarray) -> Array:
         """The annotation vectors of images, (images, regions, channels).
@@ -150,15 +152,15 @@ class OnnxEngine:
 
     Args:
         graphs: the network.
-        weights: by name, in any floating-point type; those that the graphs name are read.
+        weights: gives the weight of a name, in any floating-point type of NumPy.
 
     Raises:
-        ValueError: ONNX Runtime cannot read the graphs with these weights.
+        ValueError: ONNX Runtime cannot read the graphs with these weights, or a weight is not finite.
     """
 
     device = "cpu"
 
-    def __init__(self, graphs: Graphs, weights: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, graphs: Graphs, weights: Callable[[str], np.ndarray]) -> None:
         self.annotating, self.encoding, self.stepping = (
             open_session(graph, weights) for graph in (graphs.annotate, graphs.encode, graphs.step)
         )
@@ -200,7 +202,7 @@ class OnnxEngine:
         return Step(found["logits"], state, found["alpha"], found.get("beta"), None, found.get("scores"))
 
 
-def open_session(graph: Graph, weights: Mapping[str, np.ndarray]) -> Any:
+def open_session(graph: Graph, weights: Callable[[str], np.ndarray]) -> Any:
     """An ONNX Runtime session of a graph with its weights, converted to float32."""
     import onnxruntime
 
@@ -209,14 +211,15 @@ def open_session(graph: Graph, weights: Mapping[str, np.ndarray]) -> Any:
     # Without this a graph could ask for any file of the machine as its weights.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
-        values = [
-            onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(weights[name], dtype=np.float32))
-            for name in graph.weights
-        ]
-        options.add_external_initializers(list(graph.weights), values)
+        values = {name: np.ascontiguousarray(weights(name), dtype=np.float32) for name in graph.weights}
+        for name, array in values.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+        given = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in values.values()]
+        options.add_external_initializers(list(values), given)
         return onnxruntime.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has many kinds of its own
-        raise ValueError(f"ONNX Runtime cannot read the graphs: {type(error).__name__}: {error}") from error
+        raise ValueError(f"ONNX Runtime cannot use the graphs: {type(error).__name__}: {error}") from error
 
 
 def threads() -> int:

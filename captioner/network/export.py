@@ -1,8 +1,9 @@
-"""The network as ONNX graphs, with which ONNX Runtime captions without torch: `captioner-export`."""
+"""The network as ONNX graphs, with which ONNX Runtime captions without torch; for the command `captioner-export`."""
 
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.func import functional_call
 
+from captioner.checkpoint import load_tensors, save_tensors
+from captioner.config import ModelConfig
 from captioner.engine import Graph, Graphs, digest_of
+from captioner.files import replacing
+from captioner.modelfile import CheckpointError, ModelDescription
 from captioner.network.decoder import AttentionLSTM, Memory
-from captioner.network.model import ModelConfig, ShowAttendTell
+from captioner.network.model import ShowAttendTell
 from captioner.network.transformer import TransformerDecoder
 
 OPSET = 18
@@ -55,7 +60,8 @@ def export_graphs(config: ModelConfig, size: tuple[int, int]) -> Graphs:
     Raises:
         ImportError: the package `onnx` is missing.
     """
-    model = ShowAttendTell(config).eval()
+    with torch.random.fork_rng(devices=[]):  # a run that is trained goes on with the same random numbers
+        model = ShowAttendTell(config).eval()
     images = torch.zeros(IMAGES, 3, *size)
     annotations = model.annotate(images).detach()
     encoder = {"encoder": model.encoder, "project": model.project, "refine": model.refine}
@@ -120,8 +126,11 @@ def export(
         outputs: names of what it gives.
         varying: the axes of an input that may have any size; the first alone where it is not named.
     """
-    import onnx
-
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  # which torch's exporter needs
+    except ImportError as error:
+        raise ImportError("to export a model, pip install 'captioner[export]'") from error
     weights = {name: tensor.detach() for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
     sizes = [dict.fromkeys((varying or {}).get(name, (0,)), Dim.DYNAMIC) for name in inputs]
     with warnings.catch_warnings():
@@ -158,3 +167,20 @@ def export(
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     return Graph(model.SerializeToString(), names)
+
+
+def export_file(path: Path) -> None:
+    """Write the graphs of a model into its file; the weights stay as they are.
+
+    Raises:
+        CheckpointError: there is no model, or the file cannot be written.
+        ImportError: the package `onnx` is missing.
+    """
+    tensors, metadata = load_tensors(path)
+    description = ModelDescription.from_metadata(metadata, path)
+    graphs = export_graphs(description.config, description.preprocessing.size)
+    try:
+        with replacing(path) as temporary:
+            save_tensors(temporary, tensors, {**metadata, "graphs": graphs.to_text()})
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
