@@ -1,23 +1,23 @@
 """`Captioner`: a model with its vocabulary and its preprocessing. Images in, captions out."""
 
 import dataclasses
+import importlib
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
 from PIL import Image
 
 from captioner.arrays import Array, to_numpy
 from captioner.captions import Caption
-from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
-from captioner.engine import Engine
+from captioner.engine import Engine, OnnxEngine
 from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe
-from captioner.network.engine import TorchEngine, choose_device
+from captioner.modelfile import MODEL_FILE, CheckpointError, ModelDescription, model_file, opened, save_model
 from captioner.options import Options, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.reading import Photo, read_batches, read_photo
@@ -34,55 +34,117 @@ from captioner.search import (
 )
 from captioner.vocabulary import END, PAD, SPECIAL
 
+if TYPE_CHECKING:
+    from captioner.checkpoint import Checkpoint
+
 MAX_ROWS = 8000  # captions followed at a time, over all images of a batch; with more, smaller batches are made
 
 
 class Captioner:
     """A model with its words and its preprocessing: photographs in, captions out.
 
+    Args:
+        model: a network with its vocabulary and preprocessing; or the description of a model.
+        engine: what computes it; None for torch, which needs the network.
+
     Attributes:
+        engine: what computes the network; see `captioner.engine.Engine`.
+        config: names and sizes of the network.
         about: what is known of the model: its scores, the command that made it.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.engine: Engine = TorchEngine(checkpoint.model)
-        self.config = checkpoint.model.config
-        self.vocabulary = checkpoint.vocabulary
-        self.preprocessing = checkpoint.preprocessing
-        self.about = checkpoint.about
+    def __init__(self, model: "Checkpoint | ModelDescription", engine: Engine | None = None) -> None:
+        if engine is None:
+            from captioner.network.engine import TorchEngine
 
-    @property
-    def model(self) -> Any:
-        """The network in torch."""
-        return self.engine.model
+            engine = TorchEngine(cast("Checkpoint", model).model)
+        self.engine = engine
+        self.config = model.config
+        self.vocabulary = model.vocabulary
+        self.preprocessing = model.preprocessing
+        self.about = model.about
+        self.graphs = model.graphs
+        self.file: Path | None = None  # where ONNX Runtime's weights are
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str] | None = None, device: str | None = None) -> "Captioner":
+    def from_pretrained(
+        cls, name: str | os.PathLike[str] | None = None, device: str | None = None, engine: str | None = None
+    ) -> "Captioner":
         """Load a model.
 
         Args:
-            name: a model in the package (see `list_models`), a folder, or a Hugging Face Hub id ("user/model"), for
-                which the extra `hub` must be installed; by default `DEFAULT_MODEL` of `captioner.pretrained`. A
-                string that names a model in the package means that model, even where a folder has the same name:
-                write "./small", or give a `Path`, for the folder.
+            name: a model in the package (see `list_models`), a `.safetensors` file, a folder with a
+                `model.safetensors`, or a Hugging Face Hub id ("user/model"), for which the extra `hub` must be
+                installed; by default `DEFAULT_MODEL` of `captioner.pretrained`. A string that names a model in the
+                package means that model, even where a folder has the same name: write "./small", or give a `Path`,
+                for the folder.
             device: where to compute; None for the CPU, "auto" for a GPU where there is one.
+            engine: "onnx" for ONNX Runtime, which computes on the CPU and needs the graphs that `captioner-export`
+                writes into a model; "torch"; or None for ONNX Runtime wherever it can, and torch otherwise.
 
         Raises:
-            CheckpointError: there is no such model, or its files are not whole.
-            ValueError: there is no such device.
+            CheckpointError: there is no such model, or its file is damaged or of another format.
+            ImportError: torch is needed and not installed; the message says what to install.
+            ValueError: there is no such device or engine, or the engine cannot use the device.
         """
-        return cls(load_checkpoint(find_model(name or DEFAULT_MODEL), choose_device(device)))
+        if engine not in (None, "onnx", "torch"):
+            raise ValueError(f'engine must be "onnx" or "torch", not {engine!r}')
+        path = model_file(find_model(name or DEFAULT_MODEL))
+        if device == "auto" and engine != "onnx":
+            device = "cuda" if has_gpu() else None
+        on_cpu = device in (None, "cpu", "auto")
+        if engine == "onnx" and not on_cpu:
+            raise ValueError(f'the engine "onnx" computes on the CPU, not on {device!r}')
+        if engine != "torch" and on_cpu and (found := cls.on_onnx_runtime(path)):
+            return found
+        if engine == "onnx":
+            raise CheckpointError(f"{path} has no graphs for ONNX Runtime; run captioner-export {path}")
+        from captioner.network.engine import choose_device
 
-    def save_pretrained(self, folder: str | os.PathLike[str], half: bool = False) -> None:
-        """Write the model into `folder`, for `from_pretrained`.
+        return cls(importlib.import_module("captioner.checkpoint").load_checkpoint(path, choose_device(device)))
+
+    @classmethod
+    def on_onnx_runtime(cls, path: Path) -> "Captioner | None":
+        """The model in a file, with ONNX Runtime; None where it has no graphs for that."""
+        with opened(path) as file:
+            description = ModelDescription.from_metadata(file.metadata() or {}, path)
+            if description.graphs is None:
+                return None
+            try:
+                captioner = cls(description, OnnxEngine(description.graphs, file.get_tensor))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        captioner.file = path
+        return captioner
+
+    @property
+    def model(self) -> Any:
+        """The network in torch, a `captioner.network.model.ShowAttendTell`.
+
+        Raises:
+            AttributeError: another engine computes it.
+        """
+        if self.file:
+            raise AttributeError('ONNX Runtime computes this network; from_pretrained(..., engine="torch") gives it')
+        return cast(Any, self.engine).model
+
+    def save_pretrained(self, path: str | os.PathLike[str], half: bool = False) -> None:
+        """Write the model as one file, for `from_pretrained`.
 
         Args:
+            path: a folder, which gets a `model.safetensors`, or the `.safetensors` file.
             half: store the weights in float16.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: the file cannot be written, or a weight is not finite.
         """
-        save_checkpoint(folder, Checkpoint(self.model, self.vocabulary, self.preprocessing, self.about), half)
+        if self.file:
+            with opened(self.file) as file:
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            weights = {name: to_numpy(tensor) for name, tensor in self.model.state_dict().items()}
+        description = ModelDescription(self.config, self.vocabulary, self.preprocessing, self.about, self.graphs)
+        save_model(path, description, weights, half)
 
     @overload
     def caption(  # type: ignore[overload-overlap]  # a string is a sequence of strings
@@ -310,23 +372,32 @@ class Captioner:
         return captions
 
 
-def find_model(name: str | os.PathLike[str]) -> Path:
-    """The folder of a model: one in the package, one on disk, or one fetched from the Hub, looked for in this order.
+def has_gpu() -> bool:
+    """Whether torch is installed and finds a GPU that it knows as "cuda"."""
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
 
-    A `Path` is a folder on disk, and returned as it is.
+
+def find_model(name: str | os.PathLike[str]) -> Path:
+    """The folder or file of a model: in the package, on disk, or fetched from the Hub, looked for in this order.
+
+    A `Path` is taken to be on disk, and returned as it is.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    folder, packaged = Path(name), model_folders()
+    path, packaged = Path(name), model_folders()
     if isinstance(name, str) and name in packaged:
         return packaged[name]
-    if not isinstance(name, str) or folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.parent.is_dir():
+    if not isinstance(name, str) or path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.parent.is_dir():
         raise CheckpointError(
             f"there is no model {name!r}: give a model in the package ({', '.join(packaged)}), "
-            "a folder with model.safetensors, or a Hugging Face Hub id such as 'user/model'"
+            f"a .safetensors file, a folder with {MODEL_FILE}, or a Hugging Face Hub id such as 'user/model'"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -335,6 +406,6 @@ def find_model(name: str | os.PathLike[str]) -> Path:
             f"{name!r} is no folder here; to fetch it from the Hugging Face Hub, pip install 'captioner[hub]'"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=[MODEL_FILE]))
     except Exception as error:
         raise CheckpointError(f"cannot fetch {name!r} from the Hugging Face Hub: {error}") from error

@@ -103,7 +103,7 @@ class Graphs(NamedTuple):
     configuration: str
 
     def to_text(self) -> str:
-        """For the metadata of a model's file."""
+        """For the header of a model's file."""
         parts = {
             name: {
                 "model": base64.b64encode(zlib.compress(graph.model, 9)).decode(),
@@ -211,7 +211,7 @@ def open_session(graph: Graph, weights: Callable[[str], np.ndarray]) -> Any:
     # Without this a graph could ask for any file of the machine as its weights.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
-        values = {name: np.ascontiguousarray(weights(name), dtype=np.float32) for name in graph.weights}
+        values = {name: np.asarray(weights(name), dtype=np.float32, order="C") for name in graph.weights}
         for name, array in values.items():
             if not np.isfinite(array).all():
                 raise ValueError(f"{name} holds numbers that are not finite")

@@ -36,11 +36,16 @@ def small_model(words: int = 40, seed: int = 0, **changes) -> ShowAttendTell:
     return ShowAttendTell(ModelConfig(words, **(sizes | changes))).eval()
 
 
-@pytest.fixture(scope="session")
-def small() -> Captioner:
+def small_captioner() -> Captioner:
     """A captioner with random weights whose images are 64 pixels wide and high."""
     vocabulary = Vocabulary([f"word{number}" for number in range(36)])
     return Captioner(Checkpoint(small_model(len(vocabulary)), vocabulary, Preprocessing(size=(64, 64)), {"a": 1}))
+
+
+@pytest.fixture(scope="session")
+def small() -> Captioner:
+    """That captioner."""
+    return small_captioner()
 
 
 @pytest.fixture(scope="session")

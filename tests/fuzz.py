@@ -2,38 +2,51 @@
 
     python tests/fuzz.py --cases 5000 --seed 1
 
-Every case goes through `load_image`, which has to give an image or one ImageError soon and within little memory. The
-first case that breaks this is written to a file and ends the run with its traceback. Then all go through
-`Captioner.stream`, which has to give a caption or the same error in the place of each. `cases` and `bombs` are for
-other tests.
+Every file goes through `load_image`, which has to give an image or one ImageError soon and within little memory. Then
+all go, fifty at a time, through `Captioner.stream`, the command and the page's API, with a small model of random
+weights. These have to give a caption or the same error in the place of each. The first batch that breaks this ends the
+run, and its files are kept. `cases` and `bombs` are for other tests.
 """
 
 import argparse
 import collections
+import contextlib
 import faulthandler
 import functools
+import gc
 import io
 import itertools
+import json
 import random
 import re
 import resource
+import shutil
 import struct
 import sys
 import tempfile
 import time
+import unittest.mock
+import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from conftest import run_app, small_captioner
 from PIL import Image, PngImagePlugin
 
+from app.benchmark import form
+from app.service import Service, return_memory, sentence_for
 from captioner import Captioner
+from captioner.cli import SUFFIXES
+from captioner.cli import main as command
 from captioner.images import FORMATS, ImageError, load_image
 
 MAX_PIXELS = 2**20
-SECONDS = 5.0
+SECONDS = 5.0  # of processor time, for one file by itself and for a batch by any other way
+BATCH = 50
 MODES = "1 L P RGB RGBA CMYK YCbCr LAB HSV I F LA PA I;16 I;16B".split()
 # What Pillow writes with options of its own.
 VARIANTS: dict[str, list[dict]] = {
@@ -394,10 +407,131 @@ def outcome(data: bytes, max_pixels: int = MAX_PIXELS) -> str:
     return "image"
 
 
-def outcomes(captioner: Captioner, files: Iterable[bytes]) -> Iterator[str]:
-    """What `Captioner.stream` makes of files: "image" for a caption, or the ImageError's sentence."""
-    for result in captioner.stream(files, max_pixels=MAX_PIXELS, batch_size=16, beam_size=1, max_length=2):
-        yield str(result) if isinstance(result, ImageError) else "image"
+# --- the ways to a caption
+
+
+def by_stream(captioner: Captioner, paths: Sequence[Path]) -> list[str]:
+    """What `Captioner.stream` makes of the bytes of files: "image" for a caption, or the ImageError's sentence."""
+    files = (path.read_bytes() for path in paths)
+    results = captioner.stream(files, max_pixels=MAX_PIXELS, batch_size=16, beam_size=1, max_length=2)
+    return [str(result) if isinstance(result, ImageError) else "image" for result in results]
+
+
+def by_command(model: Path, paths: Sequence[Path]) -> list[str]:
+    """What the command makes of the folder that holds these files, in which each error begins with the path.
+
+    Raises:
+        AssertionError: not every file has a record, or the exit status or stderr does not fit the records.
+    """
+    folder, errors = paths[0].parent, io.StringIO()
+    output = folder.with_suffix(".jsonl")
+    options = ["--max-megapixels", str(MAX_PIXELS / 1e6), "--beam-size", "1", "--max-length", "2", "--batch-size", "16"]
+    with contextlib.redirect_stderr(errors):
+        status = command([str(folder), "--model", str(model), "--format", "jsonl", "--output", str(output), *options])
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [record["path"] for record in records] == [str(path) for path in paths]
+    failed = [record["error"] for record in records if "error" in record]
+    assert errors.getvalue() == "".join(f"captioner: {error}\n" for error in failed), errors.getvalue()
+    assert status == (1 if failed else 0)
+    return [record.get("error", "image") for record in records]
+
+
+def by_page(url: str, paths: Sequence[Path]) -> list[str]:
+    """What the page's API says of files that are uploaded to it."""
+    end = b"--captioner--\r\n"
+    forms = [form(path) for path in paths]
+    uploaded = post(
+        f"{url}/gradio_api/upload", b"".join(body.removesuffix(end) for body, _ in forms) + end, forms[0][1]
+    )
+    files = [{"path": path, "meta": {"_type": "gradio.FileData"}} for path in uploaded]
+    values = json.dumps({"data": [files, "", 1, 1, 2, False, 1.0, 0.9, 0]}).encode()
+    address = f"{url}/gradio_api/call/caption_batch"
+    event = post(address, values, {"Content-Type": "application/json"})["event_id"]
+    with urllib.request.urlopen(f"{address}/{event}", timeout=120) as answer:
+        kind, data = answer.read().decode().strip().splitlines()[-2:]
+    assert kind == "event: complete", data
+    return [one.get("error", "image") for one in json.loads(data.removeprefix("data: "))[0]]
+
+
+def post(url: str, body: bytes, headers: dict[str, str]) -> Any:
+    """The JSON that a POST is answered with."""
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=120) as answer:
+        return json.load(answer)
+
+
+@contextlib.contextmanager
+def page(captioner: Captioner) -> Iterator[str]:
+    """The page's address for as long as the block lasts, with the same limit of pixels as the other ways."""
+    limited = functools.partial(Service, max_pixels=MAX_PIXELS)
+    with unittest.mock.patch("app.server.Service", limited), run_app({"small": captioner}, max_upload_mb=100) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def limited(name: str, slowest: dict[str, float]) -> Iterator[None]:
+    """A block that ends the process after a minute, and raises AssertionError where it took more than `SECONDS`."""
+    faulthandler.dump_traceback_later(60, exit=True)  # a hang inside a codec cannot be interrupted otherwise
+    began = time.process_time()
+    yield
+    took = time.process_time() - began
+    faulthandler.cancel_dump_traceback_later()
+    slowest[name] = max(slowest.get(name, 0.0), took)
+    assert took < SECONDS, f"{name} took {took:.1f} s"
+
+
+def by_every_way(
+    files: Sequence[tuple[str, bytes]],
+    folder: Path,
+    captioner: Captioner,
+    model: Path,
+    url: str,
+    slowest: dict[str, float],
+) -> list[str]:
+    """What `load_image` makes of files: "image" or the ImageError's sentence; the same as by every other way.
+
+    Args:
+        files: in the order of their names.
+        folder: made for them, and removed unless something is wrong.
+        captioner: a small model.
+        model: the same as a folder.
+        url: a page with the same.
+        slowest: for each way the processor time of its longest call, in seconds, which is brought up to date.
+
+    Raises:
+        AssertionError: by one way there is another outcome, or it took too long.
+    """
+    folder.mkdir()
+    paths = [folder / (name if Path(name).suffix in SUFFIXES else f"{name}.jpg") for name, _ in files]
+    for path, (_, data) in zip(paths, files, strict=True):
+        path.write_bytes(data)
+    expected = []
+    for name, data in files:
+        with limited("load_image", slowest):
+            expected.append(outcome(data))
+        assert one_sentence(expected[-1]), name
+    named = [
+        said.replace(f"<{len(data)} bytes>", str(path), 1)
+        for path, (_, data), said in zip(paths, files, expected, strict=True)
+    ]
+    for_people = [said if said == "image" else sentence_for(ImageError(said)) for said in expected]
+    for way, call, wanted in (
+        ("stream", functools.partial(by_stream, captioner), expected),
+        ("command", functools.partial(by_command, model), named),
+        ("page", functools.partial(by_page, url), for_people),
+    ):
+        with limited(way, slowest):
+            found = call(paths)
+        for path, one, other in zip(paths, found, wanted, strict=True):
+            assert one == other, f"{path} by {way}: {one}"
+    shutil.rmtree(folder)
+    return expected
+
+
+def memory() -> float:
+    """The memory that this process has, in MB, after what is free was given back to the system."""
+    gc.collect()
+    return_memory()
+    return int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 2**10
 
 
 def peak_memory(reset: bool = False) -> float:
@@ -416,32 +550,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the damage (default: 0)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    outcome(next(iter(pictures().values())))
-    before, slowest, results = peak_memory(reset=True), (0.0, ""), {}
-
-    def every() -> Iterator[tuple[str, bytes]]:
-        return itertools.chain(cases(options.cases, options.seed), bombs())
-
-    for name, data in every():
-        faulthandler.dump_traceback_later(60, exit=True)  # a hang inside a codec cannot be interrupted otherwise
-        path = Path(tempfile.gettempdir()) / f"fuzz-{name}"
-        path.write_bytes(data)
-        began = time.process_time()
-        said = outcome(data)
-        took = time.process_time() - began
-        assert one_sentence(said), said
-        results[name] = said
-        assert took < SECONDS, f"{path} took {took:.1f} s"
-        slowest = max(slowest, (took, name))
-        path.unlink()
-    faulthandler.cancel_dump_traceback_later()
-    images = list(results.values()).count("image")
-    print(f"{len(results)} files: {images} images, {len(results) - images} errors, nothing else")
-    print(f"slowest: {slowest[1]}, {slowest[0]:.2f} s; peak memory grew by {peak_memory() - before:.0f} MB")
-    streamed = outcomes(Captioner.from_pretrained(), (data for _, data in every()))
-    for (name, alone), among_others in zip(results.items(), streamed, strict=True):
-        assert among_others == alone, f"{name}: {among_others}"
-    print("the same in a stream")
+    folder, began = Path(tempfile.mkdtemp(prefix="fuzz-")), time.monotonic()
+    captioner = small_captioner()
+    captioner.save_pretrained(folder / "model")
+    rest = cases(options.cases, options.seed)
+    batches = itertools.chain(([bomb] for bomb in bombs()), iter(lambda: list(itertools.islice(rest, BATCH)), []))
+    results: list[str] = []
+    slowest: dict[str, float] = {}
+    before = 0.0
+    with page(captioner) as url:
+        for number, batch in enumerate(batches):
+            results += by_every_way(batch, folder / str(number), captioner, folder / "model", url, slowest)
+            if number == len(BOMBS) + 2:
+                before = memory()
+                peak_memory(reset=True)
+            if number % 40 == 0:
+                print(f"{len(results)} files, {memory():.0f} MB, {time.monotonic() - began:.0f} s", flush=True)
+        grown, peak = memory() - before, peak_memory() - before
+    images = results.count("image")
+    print(f"{len(results)} files by every way: {images} captions, {len(results) - images} errors, nothing else")
+    print(f"longest call, s: {', '.join(f'{way} {seconds:.2f}' for way, seconds in slowest.items())}")
+    print(f"memory: {before:.0f} MB, grew by {grown:.0f} MB, at most by {peak:.0f} MB")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,9 @@ from PIL import Image
 from captioner.images import Preprocessing
 from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import END, PAD, START, Vocabulary
-from training.batches import (
-    EpochBatches,
-    FeatureSource,
-    ImageSource,
-    augment,
-    encode_captions,
-    names_no_side,
-    pad_captions,
-)
-from training.datasets import CaptionedImage
+from training.data.batches import EpochBatches, encode_captions, pad_captions
+from training.data.images import FeatureSource, ImageSource, augment, names_no_side
+from training.data.items import CaptionedImage
 from training.losses import caption_loss
 
 PREPROCESSING = Preprocessing(size=(32, 32))

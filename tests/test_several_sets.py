@@ -11,7 +11,8 @@ from test_training import assert_same_run, losses
 
 from captioner import Captioner
 from captioner.network.decoder import TeacherForced
-from training.batches import EpochBatches, FeatureSource
+from training.data.batches import EpochBatches
+from training.data.images import FeatureSource
 from training.losses import caption_loss
 from training.train import main
 
@@ -90,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(options, run, tmp_
 
     def step_and_stop(self, *arguments):
         steps.append(1)
-        self.stop_requested = len(steps) == stop
+        self.stop.received = len(steps) == stop
         return step(self, *arguments)
 
     monkeypatch.setattr(trainer.Trainer, "step", step_and_stop)

@@ -89,32 +89,35 @@ def encoder_weights(path: Path, name: str = "mobilenet_v2") -> Path:
     return path
 
 
-def start(arguments: Sequence[str], killed_at_image: int = 0) -> multiprocessing.Process:
+def start(arguments: Sequence[str], killed_at_image: int = 0, errors: Path | None = None) -> multiprocessing.Process:
     """Training in a process of its own, which has imported what it needs already.
 
-    With `killed_at_image` it kills itself as it reads that photograph for the cache of features.
+    With `killed_at_image` it kills itself as it reads that photograph for the cache of features. What it writes to
+    stderr goes to `errors`.
     """
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["training.train", "training.history", "torch.utils.tensorboard", "matplotlib.figure"])
-    process = forks.Process(target=train, args=(list(arguments), killed_at_image))
+    process = forks.Process(target=train, args=(list(arguments), killed_at_image, errors))
     process.start()
     return process
 
 
-def train(arguments: list[str], killed_at_image: int) -> None:
+def train(arguments: list[str], killed_at_image: int, errors: Path | None) -> None:
     """Run training with as many threads as the tests, and end the process."""
-    from training import batches
+    if errors:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+    from training.data.images import ImageSource
     from training.train import main
 
     torch.set_num_threads(1)
     if killed_at_image:
-        one, read = batches.ImageSource.one, []
+        one, read = ImageSource.one, []
 
-        def one_or_die(self: batches.ImageSource, index: int, epoch: int) -> Image.Image:
+        def one_or_die(self: ImageSource, index: int, epoch: int) -> Image.Image:
             read.append(index)
             if len(read) == killed_at_image:
                 os.kill(os.getpid(), signal.SIGKILL)
             return one(self, index, epoch)
 
-        batches.ImageSource.one = one_or_die
+        ImageSource.one = one_or_die
     sys.exit(main(arguments))

@@ -14,6 +14,8 @@ import torch
 from captioner.api import find_model
 from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 
+from . import command
+
 
 def average(models: Sequence[Checkpoint]) -> Checkpoint:
     """The mean of the weights; words, preprocessing and what is not a number of the first.
@@ -39,7 +41,7 @@ def average(models: Sequence[Checkpoint]) -> Checkpoint:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed."""
-    parser = argparse.ArgumentParser(prog="python -m training.average", description="Average the weights of models.")
+    parser = argparse.ArgumentParser(prog=command("average"), description="Average the weights of models.")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or names of models of the same shape")
     parser.add_argument("--output", required=True, help="folder of the new model")
     options = parser.parse_args(arguments)

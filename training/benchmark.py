@@ -31,7 +31,9 @@ from captioner.network.model import ShowAttendTell
 from captioner.pretrained import DEFAULT_MODEL
 from captioner.search import allowed, beam_search
 from captioner.vocabulary import END, PAD, START
-from training.losses import caption_loss
+
+from . import command
+from .losses import caption_loss
 
 
 def tutorial_step(decoder: AttentionLSTM, annotations: Tensor, state: State, words: Tensor) -> tuple[Tensor, State]:
@@ -124,7 +126,8 @@ def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: in
         ValueError: there is no tutorial implementation of this kind of model.
     """
     model = captioner.model
-    if model.config.decoder != "lstm" or model.config.attention not in ("none", "additive", "dot", "scaled_dot"):
+    attention = model.decoder.attention
+    if not isinstance(model.decoder, AttentionLSTM) or attention.heads > 1 or attention.draws_regions:
         raise ValueError(
             f"the tutorial implementation is an LSTM with soft attention in one head; this model is "
             f"{model.config.decoder} with {model.config.attention} attention"
@@ -252,7 +255,7 @@ def peak_memory(action: Callable[[], object]) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.benchmark", description=str(__doc__))
+    parser = argparse.ArgumentParser(prog=command("benchmark"), description=str(__doc__))
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
     parser.add_argument("--device", default="cpu", help="where to measure")
     parser.add_argument("--images", type=int, default=32, help="images in a batch")

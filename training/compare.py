@@ -1,7 +1,8 @@
 """Train every kind of attention under one budget and compare them:
 `python -m training.compare --data flickr8k=data/flickr8k --output runs/compare --seeds 0 1`.
 
-All other flags are those of `training.train` and hold for every kind. A comparison that was stopped goes on when
+All other flags are those of `training.train` and hold for every kind, attention options for the kinds that have them.
+A comparison that was stopped goes on when
 the same command is given again.
 """
 
@@ -27,27 +28,27 @@ from captioner.checkpoint import CheckpointError
 from captioner.files import replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
-from training.config import TrainConfig, parse_arguments
-from training.datasets import CaptionedImage, DatasetError
-from training.distributed import Distributed, distributed
-from training.evaluate import evaluate
-from training.metrics import NEED_JAVA, mean_of_each
-from training.sources import read_sources
-from training.train import train
-from training.trainer import Interrupted, TrainingError
+from captioner.network.attention import MECHANISMS, MultiHeadAttention
+
+from . import command
+from .config import TrainConfig, parse_arguments
+from .data.items import CaptionedImage, DatasetError
+from .data.sources import read_sources
+from .distributed import Distributed, distributed
+from .evaluation import evaluate
+from .metrics import mean_of_each
+from .scorers import NEED_JAVA
+from .state import TrainingError
+from .train import train
+from .trainer import Interrupted
 
 log = logging.getLogger("training")
 
-# Every kind by the options that make it. What they share is said on the command line.
+# The options that make each kind: every attention mechanism, then the other places where attention can stand.
 KINDS: dict[str, dict[str, Any]] = {
-    "none": {"attention": "none"},
-    "additive": {"attention": "additive"},
-    "hard": {"attention": "hard"},
-    "dot": {"attention": "dot"},
-    "scaled_dot": {"attention": "scaled_dot"},
-    "multi_head": {"attention": "multi_head"},
-    "self_attention": {"attention": "additive", "encoder_self_attention": 2},
-    "transformer": {"decoder": "transformer"},
+    **{name: {"attention": name} for name in MECHANISMS},
+    "self_attention": {"encoder_self_attention": 2},
+    "transformer": {"decoder": "transformer", "attention": MultiHeadAttention.name},
 }
 SCORES = ("BLEU-4", "METEOR", "CIDEr")
 RESULT = "result.json"
@@ -56,8 +57,8 @@ RESULT = "result.json"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.compare",
-        description="Train every kind of attention under one budget and compare them. Further flags: training.train.",
+        prog=command("compare"),
+        description="Train every kind of attention under one budget and compare them. Further flags: those of `train`.",
         allow_abbrev=False,
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="default: all")
@@ -95,14 +96,16 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
         return
     rows = [summary(kind, of_kind) for kind, of_kind in results.items()]
     text = markdown(rows)
-    with replacing(folder / "compare.md", folder / "compare.csv", folder / "compare.png") as (table, data, plot):
-        table.write_text(text + "\n", "utf-8")
-        data.write_text(as_csv(results), "utf-8")
-        draw_scores(rows, plot)
+    with replacing(folder / "compare.md") as path:
+        path.write_text(text + "\n", "utf-8")
+    with replacing(folder / "compare.csv") as path:
+        path.write_text(as_csv(results), "utf-8")
+    with replacing(folder / "compare.png") as path:
+        draw_scores(rows, path)
     photo = Path(options.photo) if options.photo else photo_of(options.word, base)
     models = {kind: Captioner.from_pretrained(folder / f"{kind}-{options.seeds[0]}") for kind in options.kinds}
     picture = same_word(load_image(photo), options.sentence, options.word, models)
-    with replacing(folder / "maps.png") as (path,):
+    with replacing(folder / "maps.png") as path:
         picture.save(path, format="png")
     print(text)
     log.info("table, plot and picture: %s", folder)
@@ -111,10 +114,12 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
 def run(base: TrainConfig, kind: str, seed: int, output: Path, processes: Distributed) -> dict[str, float]:
     """The figures of one kind and one seed, from its folder where it has been trained and measured before."""
     asked = {**dataclasses.asdict(base), **KINDS[kind], "seed": seed, "output": str(output), "resume": True}
+    own = MECHANISMS[asked["attention"]].option_defaults()
+    asked["attention_options"] = tuple(text for text in base.attention_options if text.partition("=")[0] in own)
     config = TrainConfig(**asked)
     train(config, processes)  # returns at once where the run is at its end
     if processes.is_first and not (output / RESULT).exists():
-        with replacing(output / RESULT) as (path,):
+        with replacing(output / RESULT) as path:
             path.write_text(json.dumps(measure(config), indent=1) + "\n", "utf-8")
     processes.barrier()
     return dict(json.loads((output / RESULT).read_text("utf-8")))
@@ -126,7 +131,7 @@ def measure(config: TrainConfig) -> dict[str, float]:
     Scores and entropy are means over the data sets that have dev images; where there are several, the scores on each
     of them follow as "NAME CIDEr".
     """
-    captioner = Captioner.from_pretrained(config.output, "auto" if config.device == "auto" else config.device)
+    captioner = Captioner.from_pretrained(config.output, config.device, engine="torch")
     dev = {dataset.name: dataset.splits["dev"] for dataset in read_sources(config.data) if dataset.splits["dev"]}
     evaluations = {name: evaluate(captioner, items, beam_size=5) for name, items in dev.items()}
     left_out = {metric: why for one in evaluations.values() for metric, why in one.scores.left_out.items()}

@@ -9,14 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from captioner.config import ModelConfig
+from captioner.images import Preprocessing
 from captioner.network.attention import MECHANISMS
 from captioner.network.model import DECODERS
 from captioner.search import BEAM_SIZE, MAX_LENGTH
+
+from . import command
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     """A field of the config with the help text of its flag."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+def options_of_mechanisms() -> str:
+    """The options of all attention mechanisms with their defaults, for the help text."""
+    described = {
+        name: ", ".join(f"{option}={value}" for option, value in mechanism.option_defaults().items())
+        for name, mechanism in MECHANISMS.items()
+    }
+    return "; ".join(f"{name}: {options}" for name, options in described.items() if options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,26 +51,34 @@ class TrainConfig:
     )
     output: str = option("runs/flickr8k", "run folder; the best model is saved there, ready to be loaded")
 
-    encoder: str = option("mobilenet_v2", "torchvision classification network")
+    encoder: str = option(ModelConfig.encoder, "torchvision classification network")
     encoder_weights: str = option("DEFAULT", "torchvision weights name (downloaded) or a file")
-    node: str = option("", "node of the encoder to read; empty: its last feature map")
-    grid: int = option(7, "rows and columns of regions")
-    image_size: int = option(224, "height and width that images are resized to, in pixels")
+    node: str = option(ModelConfig.node, "node of the encoder to read; empty: its last feature map")
+    grid: int = option(ModelConfig.grid[0], "rows and columns of regions")
+    image_size: int = option(Preprocessing.size[0], "height and width that images are resized to, in pixels")
     start_from: str = option(
         "", "folder or name of a trained model to go on from; its words and sizes stay, but for grid and image_size"
     )
-    decoder: str = option("lstm", "decoder", DECODERS)
-    attention: str = option("", "attention mechanism; empty: additive, for a transformer multi_head", ("", *MECHANISMS))
-    hard_inference: str = option("argmax", "what hard attention sees when captioning", ("argmax", "expectation"))
-    encoder_self_attention: int = option(0, "layers in which annotation vectors attend to each other")
-    heads: int = option(8, "heads of multi_head and of self-attention")
-    layers: int = option(2, "layers of a transformer decoder")
-    annotation_size: int = option(512, "size of projected annotation vectors; 0: the encoder's own, as in the paper")
-    attention_size: int = option(512, "size of the space in which attention compares")
-    embedding_size: int = option(512, "size of word embeddings, of an lstm")
-    hidden_size: int = option(512, "size of the LSTM's state, of a transformer's vectors")
-    dropout: float = option(0.5, "share of activations dropped in the decoder")
-    tie_embeddings: bool = option(False, "share one matrix between word embeddings and output layer")
+    decoder: str = option(ModelConfig.decoder, "decoder", tuple(DECODERS))
+    attention: str = option(ModelConfig.attention, "attention mechanism", tuple(MECHANISMS))
+    attention_options: tuple[str, ...] = option(
+        (), f"KEY=VALUE: an option of the mechanism ({options_of_mechanisms()}); may be given several times"
+    )
+    encoder_self_attention: int = option(
+        ModelConfig.encoder_self_attention, "layers in which annotation vectors attend to each other"
+    )
+    heads: int = option(ModelConfig.heads, "heads of self-attention, in the encoder and in a transformer")
+    layers: int = option(ModelConfig.layers, "layers of a transformer decoder")
+    annotation_size: int = option(
+        ModelConfig.annotation_size, "size of projected annotation vectors; 0: the encoder's own, as in the paper"
+    )
+    attention_size: int = option(ModelConfig.attention_size, "size of the space in which attention compares")
+    embedding_size: int = option(ModelConfig.embedding_size, "size of word embeddings, of an lstm")
+    hidden_size: int = option(ModelConfig.hidden_size, "size of the LSTM's state, of a transformer's vectors")
+    dropout: float = option(ModelConfig.dropout, "share of activations dropped in the decoder")
+    tie_embeddings: bool = option(
+        ModelConfig.tie_embeddings, "share one matrix between word embeddings and output layer"
+    )
 
     minimum_count: int = option(5, "words rarer than this in the training captions become <unk>")
     max_length: int = option(MAX_LENGTH, "captions are cut after this many words")
@@ -100,8 +121,6 @@ class TrainConfig:
     )
     label_smoothing: float = option(0.1, "probability spread over all words in the targets")
     doubly_stochastic: float = option(0.005, "weight of the doubly stochastic attention term, lambda in the paper")
-    hard_reinforce: float = option(0.1, "weight of hard attention's REINFORCE term, lambda_r in the paper")
-    hard_entropy: float = option(0.01, "weight of the entropy of hard attention, lambda_e in the paper")
     ema_decay: float = option(0.998, "decay of the moving average of the weights, which is what is scored and saved")
 
     monitor: str = option("CIDEr", "score of decoded dev captions that picks the best model", ("CIDEr", "BLEU-4"))
@@ -126,9 +145,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
     Exits with status 2 and a message where a flag, a key of the file or a value is not known.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m training.train",
+        prog=command("train"),
         description="Train a captioner.",
-        epilog="Example: python -m training.train --data flickr8k=data/flickr8k --output runs/flickr8k",
+        epilog=f"Example: {command('train')} --data flickr8k=data/flickr8k --output runs/flickr8k",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE.toml", help="options from a TOML file")

@@ -43,7 +43,7 @@ class History:
         table.writeheader()
         table.writerows(rows)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / "history.csv") as (path,):
+        with replacing(self.folder / "history.csv") as path:
             path.write_text(text.getvalue(), "utf-8")
         for name, value in rows[-1].items():
             if isinstance(value, float):
@@ -68,7 +68,7 @@ class History:
             if row["stage"] != rows[number - 1]["stage"]:
                 for axes in (losses, scores):
                     axes.axvline(number + 0.5, color="grey", linestyle=":")
-        with replacing(self.folder / "curves.png") as (path,):
+        with replacing(self.folder / "curves.png") as path:
             figure.savefig(path, format="png", dpi=110)
 
     def close(self) -> None:

@@ -1,10 +1,25 @@
-"""What training makes small."""
+"""Training losses."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from captioner.network.decoder import TeacherForced
-from captioner.vocabulary import PAD, START, UNKNOWN
+from captioner.vocabulary import PAD, SPECIAL, START, UNKNOWN
+
+from .data.composed import ROWS
+
+# Words that name nothing in the picture, so that no place is right for them.
+FUNCTION_WORDS = frozenset(
+    """a an the this that these those there here it its it's he she they them his her hers their him who which what
+    one another other others each some several many few all both any something someone somebody while as where when
+    is are was were be been being am has have having had do does doing done can could may might will would 's not n't
+    in on at of to from with without by for into onto out up down off over under through across along around near next
+    beside between behind front against above below top inside outside about after before during toward towards past
+    away back and or but so than then very just also too only together like looking seems appears get gets
+    getting""".split()
+)
 
 
 def caption_loss(
@@ -19,7 +34,7 @@ def caption_loss(
 
         L = - sum_t log p(y_t) / words  +  lambda * sum_i (1 - sum_t alpha_ti)^2 / captions
 
-    The second term asks every region to be looked at as much as any other over a caption.
+    The second term asks for the same total weight on every region over a caption.
 
     Args:
         output: what the model gave for this process's share of the batch.
@@ -34,54 +49,10 @@ def caption_loss(
         output.logits, output.targets, label_smoothing=label_smoothing, reduction="none"
     )
     cross_entropy = (cross_entropy * weights[:, None, None].expand(output.mask.shape)[output.mask]).sum()
-    looked_at = output.alpha.sum(dim=2).mean(dim=2)  # over the words, then over the heads: (images, rows, regions)
-    said = output.mask.any(dim=2) * weights[:, None]  # rows that are only padding have no caption
-    uneven = ((1 - looked_at).square().sum(dim=-1) * said).sum()
+    total_weight = output.alpha.sum(dim=2).mean(dim=2)  # over the words, then over the heads: (images, rows, regions)
+    rows = output.mask.any(dim=2) * weights[:, None]  # rows that are only padding have no caption
+    uneven = ((1 - total_weight).square().sum(dim=-1) * rows).sum()
     return cross_entropy / max(words, 1) + doubly_stochastic * uneven / max(captions, 1)
-
-
-def word_log_probabilities(output: TeacherForced, excluded: tuple[int, ...] = ()) -> Tensor:
-    """Logarithm of each true word's probability, (images, rows, steps); zero where there is no word.
-
-    Args:
-        output: what the model gave.
-        excluded: ids that cannot come, whose probability goes to the others.
-    """
-    logits = output.logits
-    if excluded:
-        logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), float("-inf"))
-    log_probabilities = -nn.functional.cross_entropy(logits, output.targets, reduction="none")
-    return log_probabilities.new_zeros(output.mask.shape).masked_scatter(output.mask, log_probabilities)
-
-
-def hard_attention_loss(
-    output: TeacherForced, told: Tensor, words: float, baseline: float | None, reinforce: float, entropy: float
-) -> Tensor:
-    """What `hard` attention learns from (Xu et al. 2015, equation 11 and what follows it).
-
-        L = - lambda_r * sum_t (sum_{t' >= t} log p(y_t' | s) - b) * log alpha_t(s_t) / words
-            - lambda_e * sum_t H[alpha_t] / words
-
-    with s_t the regions that were drawn and b the moving average of what so many words were worth so far. A region
-    is answerable for the words from its own on: it cannot have changed those before, which would only add noise.
-    The draws have no gradient of their own: this one stands for it. The gradient through the words is that of
-    `caption_loss`, to which this is added.
-
-    Args:
-        output: what the model gave, with `choice_log_probability`.
-        told: (images, rows, steps), log p of each word, from `word_log_probabilities`; taken as it is.
-        words: words in the whole batch, over all processes.
-        baseline: moving average of a word's log-probability; None at the first step, which only fills it.
-        reinforce: lambda_r. At 1 the gradient is in expectation that of log p(y | s); so noisy a gradient
-            drowns that of the words unless it is made smaller.
-        entropy: lambda_e.
-    """
-    assert output.choice_log_probability is not None, "only hard attention draws regions"
-    surprise = (told.detach() - (baseline or 0.0)) * output.mask
-    to_come = surprise.flip(2).cumsum(dim=2).flip(2) if baseline is not None else torch.zeros_like(surprise)
-    chosen = (to_come * output.choice_log_probability).sum()
-    spread = -torch.special.xlogy(output.alpha, output.alpha.clamp(min=1e-30)).sum()
-    return -(reinforce * chosen + entropy * spread) / max(words, 1)
 
 
 def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) -> Tensor:
@@ -90,12 +61,75 @@ def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) 
         L = - sum_captions advantage * sum_t log p(y_t) / captions
 
     Args:
-        output: the drawn captions read by the model; its probabilities are those of search, which never says a
-            special word. Regions drawn by `hard` attention are part of what earned the reward.
+        output: the drawn captions read by the model; its probabilities are those of search, which excludes special
+            words. Where attention drew regions, these are part of what earned the reward.
         advantage: (images, rows), each caption's reward less its baseline.
         captions: captions in the whole batch, over all processes.
     """
-    log_probabilities = word_log_probabilities(output, excluded=(PAD, START, UNKNOWN)).sum(dim=2)
+    log_probabilities = output.log_probabilities(excluded=(PAD, START, UNKNOWN)).sum(dim=2)
     if output.choice_log_probability is not None:
         log_probabilities = log_probabilities + output.choice_log_probability.sum(dim=2)
     return -(advantage * log_probabilities).sum() / max(captions, 1)
+
+
+def content_words(words: Sequence[str]) -> Tensor:
+    """Which words of a vocabulary name something that has a place: (vocabulary,) booleans."""
+    return torch.tensor([n >= len(SPECIAL) and word not in FUNCTION_WORDS for n, word in enumerate(words)])
+
+
+def split_composed(output: TeacherForced, count: int, rows: int) -> tuple[TeacherForced, TeacherForced]:
+    """What the model gave for the first `count` images, of `rows` captions each, and for the pictures behind them."""
+    words = int(output.mask[:count].sum())
+    parts = ((slice(words), slice(count), rows), (slice(words, None), slice(count, None), 2 * ROWS))
+    batch, behind = (
+        TeacherForced(
+            output.logits[of_words],
+            output.targets[of_words],
+            output.alpha[images, :kept],
+            output.mask[images, :kept],
+            None if output.choice_log_probability is None else output.choice_log_probability[images, :kept],
+        )
+        for of_words, images, kept in parts
+    )
+    return batch, behind
+
+
+def composed_loss(output: TeacherForced, own: Tensor, content: Tensor, pointing: float) -> Tensor:
+    """The loss on composed pictures.
+
+    Before its first noun a caption does not say which photograph it describes. Supervising the captions of both would
+    teach attention to be even there. So the decoder chooses: the photograph with more of the weight at the first
+    content word of its captions is the one to describe, and only its captions are learnt from.
+
+        L = - mean_t log p(y_t)  -  pointing * mean_t log sum_i own_i alpha_ti
+
+    over the captions of the photograph that the decoder chose; the second mean is over their content words.
+
+    Args:
+        output: what the model gave for the composed pictures.
+        own: see `Composed`.
+        content: (vocabulary,), from `content_words`.
+        pointing: weight of the second term.
+    """
+    named = torch.zeros_like(output.mask).masked_scatter(output.mask, content[output.targets])
+    share = torch.einsum("prtk,prk->prt", output.alpha.mean(dim=3), own.to(output.alpha))
+    chosen = chosen_rows(share.detach(), named)[..., None]
+    likelihood = (output.log_probabilities() * chosen).sum() / (output.mask & chosen).sum().clamp(min=1)
+    named = named & chosen
+    there = (share.clamp(min=1e-6).log() * named).sum() / named.sum().clamp(min=1)
+    return -likelihood - pointing * there
+
+
+def chosen_rows(share: Tensor, named: Tensor) -> Tensor:
+    """The captions of the photograph with more of the weight at their first content word, (pictures, rows) booleans.
+
+    Args:
+        share: (pictures, rows, steps), how much of the weight lies on the caption's own photograph.
+        named: (pictures, rows, steps), True at content words.
+    """
+    first = named & (named.cumsum(dim=2) == 1)
+    at_first = (share * first).sum(dim=2).unflatten(1, (2, -1))  # (pictures, photographs, captions)
+    present = first.any(dim=2).unflatten(1, (2, -1))
+    mean = (at_first * present).sum(dim=2) / present.sum(dim=2).clamp(min=1)
+    winner = mean.argmax(dim=1, keepdim=True)
+    return (torch.arange(2, device=share.device) == winner).repeat_interleave(at_first.shape[2], dim=1)

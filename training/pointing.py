@@ -23,11 +23,13 @@ from captioner.cli import positive
 from captioner.heatmap import upsample
 from captioner.images import ImageError, load_image
 from captioner.pretrained import DEFAULT_MODEL
-from training.config import add_data_flag
-from training.datasets import SPLITS, CaptionedImage, DatasetError
-from training.metrics import attention_entropy
-from training.sources import read_sources, read_split
-from training.words import tokenize
+
+from . import command
+from .config import add_data_flag
+from .data.items import SPLITS, CaptionedImage, DatasetError
+from .data.sources import read_sources, read_split
+from .metrics import all_maps, attention_entropy
+from .words import tokenize
 
 log = logging.getLogger("training")
 
@@ -117,11 +119,6 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
     return Pointing(len(shares), float(np.mean(shares)), hits, attention_entropy(all_maps(captions))[1])
 
 
-def all_maps(captions: Sequence[Caption]) -> list[np.ndarray]:
-    """The maps of each caption, (T, rows, columns), or (T, heads, rows, columns) where there are several heads."""
-    return [caption.attention if caption.head_attention is None else caption.head_attention for caption in captions]
-
-
 def only_thing(captions: Sequence[str]) -> str | None:
     """Which of `THINGS` most of the captions name and none names another beside it; None where that is not so."""
     counts = Counter(
@@ -152,7 +149,7 @@ def left_share(weights: np.ndarray, displacement: tuple[float, float]) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.pointing",
+        prog=command("pointing"),
         description="Set pairs of photographs side by side and see on which of them the attention to a word falls.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.func import functional_call
 
-from captioner.checkpoint import load_tensors, save_tensors
 from captioner.config import ModelConfig
 from captioner.engine import Graph, Graphs, digest_of
-from captioner.files import replacing
-from captioner.modelfile import CheckpointError, ModelDescription
+from captioner.modelfile import ModelDescription, opened, save_model
 from captioner.network.decoder import AttentionLSTM, Memory
 from captioner.network.model import ShowAttendTell
 from captioner.network.transformer import TransformerDecoder
@@ -176,11 +174,8 @@ def export_file(path: Path) -> None:
         CheckpointError: there is no model, or the file cannot be written.
         ImportError: the package `onnx` is missing.
     """
-    tensors, metadata = load_tensors(path)
-    description = ModelDescription.from_metadata(metadata, path)
+    with opened(path) as file:
+        description = ModelDescription.from_metadata(file.metadata() or {}, path)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     graphs = export_graphs(description.config, description.preprocessing.size)
-    try:
-        with replacing(path) as temporary:
-            save_tensors(temporary, tensors, {**metadata, "graphs": graphs.to_text()})
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    save_model(path, dataclasses.replace(description, graphs=graphs), weights)

@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from training.datasets import SPLITS, CaptionDataset, CaptionedImage, DatasetError, read_dataset, text_lines
+from .datasets import read_dataset
+from .items import SPLITS, CaptionDataset, CaptionedImage, DatasetError
+from .layouts import text_lines
 
 log = logging.getLogger("training")
 

@@ -1,92 +1,17 @@
-"""Flickr8k, Flickr30k and COCO as images with their captions, read from whichever layout is on the disk.
-
-Nothing is downloaded here (see `training.prepare`), and no image is opened: a file in the folder is enough.
-What cannot be used is skipped and told in `CaptionDataset.problems`, one line each, "file:line: reason".
-"""
+"""The layouts in which Flickr8k, Flickr30k and COCO lie on the disk, and the readers of their caption files."""
 
 import csv
 import json
-import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SPLITS = ("train", "dev", "test")
+from .items import SPLITS, DatasetError
 
 
-class DatasetError(RuntimeError):
-    """There is no data set to read; the message says what was looked for and how to get it."""
-
-
-@dataclass(frozen=True)
-class CaptionedImage:
-    """An image file with its reference captions, in the order and the spelling of the data set.
-
-    dataset: name of the data set that it belongs to.
-    """
-
-    path: Path
-    captions: tuple[str, ...]
-    dataset: str = ""
-
-
-@dataclass(frozen=True)
-class CaptionDataset:
-    """A data set as read from the disk.
-
-    Args:
-        name: "flickr8k", "flickr30k", "coco", or what a file of your own captions is called.
-        splits: the images of "train", "dev" and "test"; a split that the data do not have is empty.
-        problems: what was skipped, each "file:line: reason", or "file:images[index]: reason" in JSON.
-        layout: in words, which files were read and where the splits come from.
-    """
-
-    name: str
-    splits: dict[str, tuple[CaptionedImage, ...]]
-    problems: tuple[str, ...]
-    layout: str = ""
-
-
-def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
-    """Read a data set in the first of its layouts that is found in a folder.
-
-    Karpathy's `dataset_NAME.json` wins over everything else, because published scores are on its splits; then
-    come the layouts in the order of `DATASETS`.
-
-    Args:
-        name: one of `DATASETS`.
-        root: the folder that holds the caption files and the image folders.
-
-    Raises:
-        DatasetError: the name or the folder is unknown, no layout is there, a file cannot be read at all, or
-            not one image could be used.
-    """
-    if name not in DATASETS:
-        raise DatasetError(
-            f"there is no data set {name!r}; there are {', '.join(DATASETS)}, "
-            "and files of your own captions, which end in .csv or .jsonl"
-        )
-    root = Path(root)
-    if not root.is_dir():
-        raise DatasetError(f"{root} is not a folder; python -m training.prepare {name} --root {root} makes it")
-    problems: list[str] = []
-    try:
-        layout = _find_layout(name, root)
-        contents = layout.read(layout, root, problems)
-        splits = _join(contents, _ImageFinder(root, layout.images), problems)
-    except OSError as error:
-        raise DatasetError(f"cannot read {error.filename}: {error.strerror}") from error
-    splits = {split: tuple(replace(item, dataset=name) for item in items) for split, items in splits.items()}
-    if not any(splits.values()):
-        first = f"; the first of {len(problems)} problems: {problems[0]}" if problems else ""
-        raise DatasetError(f"no image of {name} in {root} can be used{first}")
-    return CaptionDataset(name, splits, tuple(problems), f"{layout.title}; {contents.origin}")
-
-
-class _Listed(NamedTuple):
+class Listed(NamedTuple):
     """One image of a split, and the line that says so. `image` is relative to an image folder."""
 
     where: str
@@ -94,7 +19,7 @@ class _Listed(NamedTuple):
     image: str
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     """One caption and the line it is on. `number` tells the captions of an image apart, where the data do."""
 
     where: str
@@ -103,16 +28,16 @@ class _Row(NamedTuple):
     caption: str
 
 
-class _Contents(NamedTuple):
+class Contents(NamedTuple):
     """What the files of a layout say: the images of the splits, all captions, and where the splits come from."""
 
-    listed: Sequence[_Listed]
-    rows: Iterable[_Row]
+    listed: Sequence[Listed]
+    rows: Iterable[Row]
     origin: str
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """A way in which a data set lies on the disk; all paths are relative to its root.
 
     Args:
@@ -125,85 +50,11 @@ class _Layout:
     title: str
     markers: tuple[str, ...]
     images: tuple[str, ...]
-    read: Callable[["_Layout", Path, list[str]], _Contents]
+    read: Callable[["Layout", Path, list[str]], Contents]
 
     def found(self, root: Path) -> list[Path]:
         """The caption files that are there."""
         return [root / marker for marker in self.markers if (root / marker).is_file()]
-
-
-def _find_layout(name: str, root: Path) -> _Layout:
-    for layout in DATASETS[name]:
-        if layout.found(root):
-            return layout
-    looked_for = "; ".join(f"{layout.title} ({' or '.join(layout.markers)})" for layout in DATASETS[name])
-    raise DatasetError(
-        f"{root} holds no {name} in a known layout. Looked for {looked_for}. "
-        f"python -m training.prepare {name} --root {root} downloads it, or says where to ask for it"
-    )
-
-
-# Joining splits, captions and files
-
-
-class _ImageFinder:
-    """Finds images in folders, each listed only once: a question for each image is slow on a network disk."""
-
-    def __init__(self, root: Path, folders: Sequence[str]) -> None:
-        possible = [root / folder for folder in folders]
-        self.folders = [folder for folder in possible if folder.is_dir()] or possible
-        self.told = " or ".join(map(str, self.folders))
-        self.names = cache(self._names)
-
-    @staticmethod
-    def _names(folder: Path) -> frozenset[str]:
-        try:
-            return frozenset(os.listdir(folder))
-        except (FileNotFoundError, NotADirectoryError):
-            return frozenset()
-
-    def find(self, image: str) -> Path | None:
-        """The path of an image, which may be in a folder of its own ("val2014/x.jpg"), or None."""
-        inner, _, file = image.rpartition("/")
-        for folder in self.folders:
-            if file in self.names(folder / inner):
-                return folder / image
-        return None
-
-
-def _join(contents: _Contents, images: _ImageFinder, problems: list[str]) -> dict[str, tuple[CaptionedImage, ...]]:
-    captions = _captions_by_image(contents.rows, {item.image for item in contents.listed}, problems)
-    splits: dict[str, list[CaptionedImage]] = {split: [] for split in SPLITS}
-    first: dict[str, str] = {}
-    for where, split, image in contents.listed:
-        path = images.find(image)
-        if image in first:
-            problems.append(f"{where}: {image} is listed before, at {first[image]}")
-        elif path is None:
-            problems.append(f"{where}: {image} is not in {images.told}")
-        elif image not in captions:
-            problems.append(f"{where}: {image} has no caption")
-        else:
-            splits[split].append(CaptionedImage(path, tuple(captions[image])))
-        first.setdefault(image, where)
-    return {split: tuple(items) for split, items in splits.items()}
-
-
-def _captions_by_image(rows: Iterable[_Row], wanted: Container[str], problems: list[str]) -> dict[str, list[str]]:
-    captions: dict[str, list[str]] = {}
-    seen: set[tuple[str, str | None]] = set()
-    for where, image, number, text in rows:
-        if image not in wanted:
-            continue
-        caption = " ".join(text.split())
-        if not any(map(str.isalnum, caption)):
-            problems.append(f"{where}: the caption of {image} is empty")
-        elif number is not None and (image, number) in seen:
-            problems.append(f"{where}: caption {number} of {image} is there twice; the first is kept")
-        else:
-            captions.setdefault(image, []).append(caption)
-        seen.add((image, number))
-    return captions
 
 
 # Text files: one caption a line
@@ -253,7 +104,7 @@ def _read_text(
     header: str | None,
     lists: Mapping[str, Sequence[str]],
     proportions: tuple[int, int, int],
-) -> Callable[[_Layout, Path, list[str]], _Contents]:
+) -> Callable[[Layout, Path, list[str]], Contents]:
     """A reader of caption files with a caption a line.
 
     Args:
@@ -263,35 +114,35 @@ def _read_text(
         proportions: sizes of train, dev and test where no list is found.
     """
 
-    def rows(path: Path, root: Path, problems: list[str]) -> Iterator[_Row]:
+    def rows(path: Path, root: Path, problems: list[str]) -> Iterator[Row]:
         for count, (where, line) in enumerate(text_lines(path, root, problems)):
             if count == 0 and header is not None and line.startswith(header):
                 continue
             try:
-                yield _Row(where, *parse(line))
+                yield Row(where, *parse(line))
             except ValueError as reason:
                 problems.append(f"{where}: {reason}")
 
-    def read(layout: _Layout, root: Path, problems: list[str]) -> _Contents:
+    def read(layout: Layout, root: Path, problems: list[str]) -> Contents:
         found = list(rows(layout.found(root)[0], root, problems))
         listed = list(_listed(root, lists, problems))
         if listed:
-            return _Contents(listed, found, "splits from the official lists")
-        return _Contents(_cut(found, proportions), found, "no split lists found, split by sorted name")
+            return Contents(listed, found, "splits from the official lists")
+        return Contents(_cut(found, proportions), found, "no split lists found, split by sorted name")
 
     return read
 
 
-def _listed(root: Path, lists: Mapping[str, Sequence[str]], problems: list[str]) -> Iterator[_Listed]:
+def _listed(root: Path, lists: Mapping[str, Sequence[str]], problems: list[str]) -> Iterator[Listed]:
     for split, names in lists.items():
         for path in [root / name for name in names if (root / name).is_file()][:1]:
             for where, line in text_lines(path, root, problems):
                 image = line.strip()
                 # Flickr30k Entities lists its images without the ending.
-                yield _Listed(where, split, image if Path(image).suffix else f"{image}.jpg")
+                yield Listed(where, split, image if Path(image).suffix else f"{image}.jpg")
 
 
-def _cut(rows: Iterable[_Row], proportions: tuple[int, int, int]) -> list[_Listed]:
+def _cut(rows: Iterable[Row], proportions: tuple[int, int, int]) -> list[Listed]:
     """Split the images by their sorted names: the first share for training, the next for dev, the rest for test.
 
     The same files always give the same splits. They are not the official ones, and scores on them compare with
@@ -302,7 +153,7 @@ def _cut(rows: Iterable[_Row], proportions: tuple[int, int, int]) -> list[_Liste
     train = len(images) * proportions[0] // sum(proportions)
     dev = len(images) * (proportions[0] + proportions[1]) // sum(proportions)
     splits = chain(["train"] * train, ["dev"] * (dev - train), ["test"] * (len(images) - dev))
-    return [_Listed(where[image], split, image) for image, split in zip(images, splits, strict=True)]
+    return [Listed(where[image], split, image) for image, split in zip(images, splits, strict=True)]
 
 
 # JSON files
@@ -330,33 +181,33 @@ def _malformed(where: str, error: Exception) -> str:
     return f"{where}: malformed: {reason}"
 
 
-def _read_karpathy(layout: _Layout, root: Path, problems: list[str]) -> _Contents:
+def _read_karpathy(layout: Layout, root: Path, problems: list[str]) -> Contents:
     """Karpathy and Fei-Fei's splits; "restval", the part of COCO's val that nobody tests on, is for training."""
     path = layout.found(root)[0]
     names = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
-    listed: list[_Listed] = []
-    rows: list[_Row] = []
+    listed: list[Listed] = []
+    rows: list[Row] = []
     for index, entry in enumerate(_json(path, ["images"])["images"]):
         where = f"{path.name}:images[{index}]"
         try:
             split = names.get(_text(entry, "split"))
             image = "/".join(_text(entry, key) for key in ("filepath", "filename") if key in entry)
-            captions = [_Row(where, image, None, _text(item, "raw")) for item in entry["sentences"]]
+            captions = [Row(where, image, None, _text(item, "raw")) for item in entry["sentences"]]
         except (KeyError, TypeError) as error:
             problems.append(_malformed(where, error))
             continue
         if split is None:
             problems.append(f"{where}: {image} is in an unknown split {entry['split']!r}")
             continue
-        listed.append(_Listed(where, split, image))
+        listed.append(Listed(where, split, image))
         rows += captions
-    return _Contents(listed, rows, "Karpathy's splits")
+    return Contents(listed, rows, "Karpathy's splits")
 
 
-def _read_coco(layout: _Layout, root: Path, problems: list[str]) -> _Contents:
+def _read_coco(layout: Layout, root: Path, problems: list[str]) -> Contents:
     """COCO's own captions: its train, and its val as dev. The captions of its test images are not public."""
-    listed: list[_Listed] = []
-    rows: list[_Row] = []
+    listed: list[Listed] = []
+    rows: list[Row] = []
     for path in layout.found(root):
         folder = path.stem.removeprefix("captions_")
         split = "train" if folder.startswith("train") else "dev"
@@ -367,7 +218,7 @@ def _read_coco(layout: _Layout, root: Path, problems: list[str]) -> _Contents:
             where = f"{name}:images[{index}]"
             try:
                 images[entry["id"]] = f"{folder}/{_text(entry, 'file_name')}"
-                listed.append(_Listed(where, split, images[entry["id"]]))
+                listed.append(Listed(where, split, images[entry["id"]]))
             except (KeyError, TypeError) as error:
                 problems.append(_malformed(where, error))
         for index, entry in enumerate(document["annotations"]):
@@ -377,14 +228,14 @@ def _read_coco(layout: _Layout, root: Path, problems: list[str]) -> _Contents:
                 if image is None:
                     problems.append(f"{where}: there is no image with the id {entry['image_id']!r}")
                 else:
-                    rows.append(_Row(where, image, str(entry["id"]), _text(entry, "caption")))
+                    rows.append(Row(where, image, str(entry["id"]), _text(entry, "caption")))
             except (KeyError, TypeError) as error:
                 problems.append(_malformed(where, error))
-    return _Contents(listed, rows, "COCO's train and val")
+    return Contents(listed, rows, "COCO's train and val")
 
 
-def _karpathy(name: str, images: tuple[str, ...]) -> _Layout:
-    return _Layout("Karpathy's splits", (f"dataset_{name}.json",), images, _read_karpathy)
+def _karpathy(name: str, images: tuple[str, ...]) -> Layout:
+    return Layout("Karpathy's splits", (f"dataset_{name}.json",), images, _read_karpathy)
 
 
 _FLICKR8K_IMAGES = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")
@@ -404,16 +255,16 @@ _FLICKR30K_SIZES = (29000, 1014, 1000)
 _COCO_IMAGES = (".", "images")
 
 # The layouts of each data set, in the order in which they are looked for.
-DATASETS: dict[str, tuple[_Layout, ...]] = {
+DATASETS: dict[str, tuple[Layout, ...]] = {
     "flickr8k": (
         _karpathy("flickr8k", _FLICKR8K_IMAGES),
-        _Layout(
+        Layout(
             "the public release",
             ("Flickr8k_text/Flickr8k.token.txt", "Flickr8k.token.txt"),
             _FLICKR8K_IMAGES,
             _read_text(_token_line, None, _FLICKR8K_SPLITS, _FLICKR8K_SIZES),
         ),
-        _Layout(
+        Layout(
             "Kaggle's",
             ("captions.txt",),
             _FLICKR8K_IMAGES,
@@ -422,13 +273,13 @@ DATASETS: dict[str, tuple[_Layout, ...]] = {
     ),
     "flickr30k": (
         _karpathy("flickr30k", _FLICKR30K_IMAGES),
-        _Layout(
+        Layout(
             "the public release",
             ("results_20130124.token",),
             _FLICKR30K_IMAGES,
             _read_text(_token_line, None, _FLICKR30K_SPLITS, _FLICKR30K_SIZES),
         ),
-        _Layout(
+        Layout(
             "Kaggle's",
             ("results.csv", "flickr30k_images/results.csv"),
             _FLICKR30K_IMAGES,
@@ -438,7 +289,7 @@ DATASETS: dict[str, tuple[_Layout, ...]] = {
     "coco": (
         _karpathy("coco", _COCO_IMAGES),
         *(
-            _Layout(
+            Layout(
                 f"COCO {year}",
                 (f"annotations/captions_train{year}.json", f"annotations/captions_val{year}.json"),
                 _COCO_IMAGES,

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from captioner.images import ImageError, load_image
 from captioner.network.encoder import Encoder
-from training.batches import ImageSource
-from training.datasets import CaptionedImage
-from training.distributed import Distributed
+
+from ..distributed import Distributed
+from .images import ImageSource
+from .items import CaptionedImage
 
 try:
     import fcntl
