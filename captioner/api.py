@@ -136,14 +136,17 @@ class Captioner:
             half: store the weights in float16.
 
         Raises:
-            CheckpointError: the file cannot be written, or a weight is not finite.
+            CheckpointError: the file cannot be written, a weight is not finite, or ONNX Runtime computes the model and
+                its file has been replaced since.
         """
+        description = ModelDescription(self.config, self.vocabulary, self.preprocessing, self.about, self.graphs)
         if self.file:
             with opened(self.file) as file:
+                if ModelDescription.from_metadata(file.metadata() or {}, self.file) != description:
+                    raise CheckpointError(f"{self.file} holds another model now than when it was loaded")
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         else:
             weights = {name: to_numpy(tensor) for name, tensor in self.model.state_dict().items()}
-        description = ModelDescription(self.config, self.vocabulary, self.preprocessing, self.about, self.graphs)
         save_model(path, description, weights, half)
 
     @overload

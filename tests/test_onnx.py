@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import zlib
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import tiny
 import torch
 from conftest import PHOTOS, small_model
 
@@ -21,6 +23,7 @@ from captioner.explain import explain
 from captioner.modelfile import MODEL_FILE, opened
 from captioner.network import export
 from captioner.network.engine import TorchEngine
+from training import train
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted(PHOTOS.glob("*.jpg"))
@@ -53,7 +56,7 @@ def annotations():
     return torch.randn(4, 6, 12, generator=torch.Generator().manual_seed(1)).relu()
 
 
-@pytest.mark.parametrize(("decoder", "attention"), itertools.product(("lstm", "transformer"), MECHANISMS))
+@pytest.mark.parametrize(("decoder", "attention"), list(itertools.product(("lstm", "transformer"), MECHANISMS)))
 def test_every_decoder_with_every_mechanism_gives_the_same_steps(encoder_graph, annotations, decoder, attention):
     heads = {} if attention != "multi_head" else {"attention_options": {"heads": 3}}
     model = strengthened(small_model(30, decoder=decoder, attention=attention, attention_size=12, heads=3, **heads))
@@ -179,6 +182,25 @@ def test_a_model_with_either_engine_can_be_saved_with_its_graphs(both, tmp_path)
         )
         with opened(tmp_path / str(number) / MODEL_FILE) as file:
             assert file.get_tensor("decoder.output_weight").dtype == np.float16
+
+
+def test_a_model_whose_file_was_replaced_is_not_saved_with_the_weights_of_another(exported, small, tmp_path):
+    shutil.copy(exported / MODEL_FILE, tmp_path)
+    captioner = Captioner.from_pretrained(tmp_path)
+    small.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="another model"):
+        captioner.save_pretrained(tmp_path / "copy")
+
+
+def test_training_keeps_models_with_their_graphs(tmp_path):
+    data = tiny.draw(tmp_path / "data")
+    arguments = ["--data", f"flickr8k={data}", "--output", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]
+    arguments += [*tiny.SMALL, "--encoder-weights", str(tiny.encoder_weights(tmp_path / "encoder.safetensors"))]
+    assert train.main([*arguments, "--export", "--epochs", "1", "--finetune-epochs", "0"]) == 0
+    captioner = Captioner.from_pretrained(tmp_path / "run")
+    assert isinstance(captioner.engine, OnnxEngine)
+    photo = data / "Flicker8k_Dataset" / "00.png"
+    assert same(captioner.caption(photo), Captioner.from_pretrained(tmp_path / "run", engine="torch").caption(photo))
 
 
 def changed(exported, folder, change):
