@@ -24,13 +24,13 @@ export function readModel(file) {
   const texts = Object.fromEntries(Object.entries(metadata).map(([name, text]) => [name, JSON.parse(text)]));
   const weight = (name) => {
     const [begin, end] = tensors[name].data_offsets;
-    return Float32Array.from(new Uint16Array(file.slice(start + begin, start + end)), (bits) => HALF[bits]);
+    return new Float32Array(new Uint16Array(file.slice(start + begin, start + end))).map((bits) => HALF[bits]);
   };
   return { texts, weight };
 }
 
 // The value of each of the 65,536 patterns of 16 bits: one of sign, five of exponent, ten of fraction.
-const HALF = Float32Array.from({ length: 65536 }, (_, bits) => {
+const HALF = new Float32Array(65536).map((_, bits) => {
   const sign = bits & 0x8000 ? -1 : 1;
   const exponent = (bits >> 10) & 31;
   const fraction = (bits & 1023) / 1024;

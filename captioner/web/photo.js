@@ -43,7 +43,7 @@ export function resizePhoto(bitmap, width, height) {
 // Float32 values (3, height, width): resized, and normalised with the mean and the deviation of each channel.
 export function networkInput(bitmap, { size: [height, width], mean, std }) {
   const bytes = resizePhoto(bitmap, width, height);
-  return Float32Array.from({ length: bytes.length }, (_, place) => {
+  return new Float32Array(bytes.length).map((_, place) => {
     const channel = Math.floor(place / (height * width));
     const byte = bytes[3 * (place % (height * width)) + channel];
     return (byte - 255 * mean[channel]) / (255 * std[channel]);
