@@ -25,11 +25,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from captioner import Captioner
+from captioner.arrays import gather_rows
 from captioner.checkpoint import load_checkpoint, load_tensors, save_tensors
 from captioner.images import Preprocessing
 from captioner.network.attention import MECHANISMS
 from captioner.network.encoder import Encoder
-from captioner.search import gather_rows
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
 from training import objectives, self_critical, state, validation
 from training.config import TrainConfig
@@ -601,7 +601,7 @@ def test_features_are_computed_once_and_again_when_anything_that_decides_them_ch
     photographs = ImageSource(items, preprocessing, augment=False)
     features = cached_maps(encoder, photographs, tmp_path, ALONE, batch_size=4)
     with torch.no_grad():
-        exact = encoder(preprocessing([Image.open(item.path) for item in items]))
+        exact = encoder(torch.from_numpy(preprocessing([Image.open(item.path) for item in items])))
     assert np.allclose(features, exact.numpy(), rtol=2e-3, atol=1e-3)
 
     calls = []
