@@ -58,7 +58,8 @@ def load_image(source: ImageSource, max_pixels: float = MAX_PIXELS) -> Image.Ima
         source: a path, encoded bytes, an open binary file (left open), a PIL image, an array (height, width),
             (height, width, 1), (height, width, 3) or (height, width, 4) of booleans, integers or floats in [0, 1],
             or a tensor (channels, height, width) of the same. Files hold one of `FORMATS` in up to 1 GiB.
-        max_pixels: larger images are refused, before they are decoded.
+        max_pixels: larger images are refused, before they are decoded. An AVIF that says less than its stream holds is
+            decoded all the same, up to libavif's own limit of 16,384 x 16,384 pixels, and scaled to what it says.
 
     Returns:
         The whole image in RGB, upright as its EXIF orientation says, transparency on white; of an animation the

@@ -35,11 +35,11 @@ from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
 from .distributed import Distributed, distributed
 from .evaluation import evaluate
+from .interruption import Interrupted
 from .metrics import mean_of_each
 from .scorers import NEED_JAVA
 from .state import TrainingError
 from .train import train
-from .trainer import Interrupted
 
 log = logging.getLogger("training")
 
