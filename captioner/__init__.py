@@ -101,7 +101,7 @@ def _load(model: str, device: str | None) -> "Captioner":
 
 
 def __getattr__(name: str) -> object:
-    # Torch takes seconds to import, and `captioner --help` does not need it.
+    # Pillow and ONNX Runtime take time to import: `captioner --help` should not wait for them.
     homes = {"CheckpointError": "modelfile", "ImageError": "images", "Caption": "captions", "Captioner": "api"}
     if name not in homes:
         raise AttributeError(f"module 'captioner' has no attribute {name!r}")

@@ -63,6 +63,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def export(arguments: Sequence[str] | None = None) -> int:
+    """Run the command `captioner-export`. Returns its exit status: 0, or 2 where the model cannot be exported."""
+    parser = argparse.ArgumentParser(
+        "captioner-export",
+        description="Write the graphs of a model into its file. With them ONNX Runtime captions without torch.",
+    )
+    parser.add_argument("model", help="a model in the package, a .safetensors file, or a folder with one")
+    options = parser.parse_args(arguments)
+    from captioner.api import find_model
+    from captioner.modelfile import CheckpointError, model_file
+
+    try:
+        from captioner.network.export import export_file
+
+        export_file(model_file(find_model(options.model)))
+    except (CheckpointError, ImportError) as error:
+        report(f"captioner-export: {error}")
+        return 2
+    return 0
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line. Exits with status 2 and a message where it cannot be used."""
     parser = argparse.ArgumentParser(
@@ -92,6 +113,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--list-models", action=ListModels, nargs=0, help="show the models in the package, the default first, and exit"
     )
     parser.add_argument("--device", help="cpu, cuda, mps, or auto for a GPU where there is one (default: cpu)")
+    parser.add_argument(
+        "--engine", choices=("onnx", "torch"), help="default: ONNX Runtime on the CPU where the model has graphs for it"
+    )
     parser.add_argument(
         "--batch-size", type=number("batch_size"), default=32, metavar="N", help="images at a time (default: 32)"
     )
@@ -173,14 +197,14 @@ def run(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     try:
-        captioner = Captioner.from_pretrained(options.model, options.device)
+        captioner = Captioner.from_pretrained(options.model, options.device, options.engine)
         # Options that do not suit the model raise here, before any image is read.
         results = captioner.stream(
             (sys.stdin.buffer if item.path == "-" else item.path for item in inputs if not item.error),
             max_pixels=options.max_megapixels * 1e6,
             **search_options(options),
         )
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ImportError, ValueError) as error:
         report(f"captioner: {error}")
         return 2
     try:

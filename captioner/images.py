@@ -7,16 +7,24 @@ import stat
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import torch
 from PIL import Image, TiffTags
 from PIL.JpegImagePlugin import JpegImageFile
 
+from captioner.arrays import is_tensor, to_numpy
 from captioner.options import check_option
 
-ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor
+
+class Tensor(Protocol):
+    """A torch tensor. Torch itself may not be installed."""
+
+    def permute(self, *axes: int) -> Any:
+        """Its axes in another order."""
+
+
+ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 2**30
 MAX_INPUT = 4096  # rows or columns of the encoder's input
@@ -70,7 +78,7 @@ def load_image(source: ImageSource, max_pixels: float = MAX_PIXELS) -> Image.Ima
         ValueError: max_pixels is not a number of at least 1.
     """
     max_pixels = check_option("max_pixels", max_pixels)
-    if isinstance(source, np.ndarray | torch.Tensor):
+    if isinstance(source, np.ndarray) or is_tensor(source):
         return to_rgb(from_array(source, max_pixels))
     if isinstance(source, Image.Image):
         check_size(source.size, source, max_pixels)
@@ -323,15 +331,14 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.round(out=values).astype(np.uint8))
 
 
-def from_array(source: np.ndarray | torch.Tensor, max_pixels: float) -> Image.Image:
+def from_array(source: Any, max_pixels: float) -> Image.Image:
     """A PIL image of an array (height, width[, channels]) or a tensor (channels, height, width)."""
     name = describe(source)
-    if isinstance(source, torch.Tensor):
+    if is_tensor(source):
         if source.dim() != 3 or source.shape[0] not in (1, 3, 4):
             raise ImageError(f"{name} should have the shape (channels, height, width) with 1, 3 or 4 channels")
         try:
-            array = source.detach().cpu().permute(1, 2, 0)
-            values = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+            values = to_numpy(source.permute(1, 2, 0))
         except Exception as error:
             raise ImageError(f"{name} cannot be read: {reason(error)}") from error
     else:
@@ -375,7 +382,7 @@ def describe(source: Any) -> str:
         return f"<{len(source)} bytes>"
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or f"<{source.mode} image of {source.width} x {source.height}>"
-    if isinstance(source, np.ndarray | torch.Tensor):
+    if isinstance(source, np.ndarray) or is_tensor(source):
         kind = "array" if isinstance(source, np.ndarray) else "tensor"
         return f"<{kind} of shape {tuple(source.shape)}>"
     name = getattr(source, "name", None)
@@ -400,7 +407,7 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
-    def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
+    def __call__(self, images: Sequence[Image.Image]) -> np.ndarray:
         """RGB images of any sizes as one batch.
 
         Returns:
@@ -409,9 +416,11 @@ class Preprocessing:
         batch = np.empty((len(images), *self.size, 3), dtype=np.uint8)
         for pixels, image in zip(batch, images, strict=True):
             pixels[:] = np.asarray(self.resize(image))
-        tensor = torch.from_numpy(batch).permute(0, 3, 1, 2).float()
-        mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (self.mean, self.std))
-        return tensor.sub_(mean).div_(std)
+        values = batch.astype(np.float32)
+        mean, std = (np.array(channels, dtype=np.float32) * np.float32(255) for channels in (self.mean, self.std))
+        values -= mean
+        values /= std
+        return values.transpose(0, 3, 1, 2)
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The whole image at the model's input size; an image of that size is returned as it is."""

@@ -42,7 +42,7 @@ LIMITS = {
     "block_ngrams": Limits(True, 0, 1000),
     "temperature": Limits(False, 0, 1000, above=True),
     "top_p": Limits(False, 0, 1, above=True),
-    "seed": Limits(True, -(2**63), 2**63 - 1),  # what torch takes
+    "seed": Limits(True, -(2**63), 2**63 - 1),  # 64 bits
     "max_pixels": Limits(False, 1, 10**12),
     "max_megapixels": Limits(False, 1e-6, 10**6),
     "min_confidence": Limits(False, 0, 1),

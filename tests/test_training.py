@@ -25,11 +25,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from captioner import Captioner
+from captioner.arrays import gather_rows
 from captioner.checkpoint import load_checkpoint, load_tensors, save_tensors
 from captioner.images import Preprocessing
 from captioner.network.attention import MECHANISMS
 from captioner.network.encoder import Encoder
-from captioner.search import gather_rows
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
 from training import objectives, self_critical, state, validation
 from training.config import TrainConfig
@@ -38,6 +38,7 @@ from training.data.datasets import read_dataset
 from training.data.features import cached_maps, features_key
 from training.data.images import ImageSource, MapSource
 from training.distributed import Distributed
+from training.history import History
 from training.scorers import quick_scores
 from training.train import main
 from training.words import tokenize
@@ -531,7 +532,7 @@ def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(
 @pytest.mark.parametrize("part", ["step", "epoch", "close"])
 def test_a_full_disk_for_the_record_of_a_run_is_one_clear_error(options, whole, tmp_path, monkeypatch, capsys, part):
     calls = []
-    real = getattr(trainer.History, part)
+    real = getattr(History, part)
 
     def full_later(*arguments):
         calls.append(arguments)
@@ -539,7 +540,7 @@ def test_a_full_disk_for_the_record_of_a_run_is_one_clear_error(options, whole, 
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*arguments)
 
-    monkeypatch.setattr(trainer.History, part, full_later)
+    monkeypatch.setattr(History, part, full_later)
     output = tmp_path / "run"
     arguments = [*options, *STAGES, "--output", str(output)]
     assert main(arguments) == 1
@@ -600,7 +601,7 @@ def test_features_are_computed_once_and_again_when_anything_that_decides_them_ch
     photographs = ImageSource(items, preprocessing, augment=False)
     features = cached_maps(encoder, photographs, tmp_path, ALONE, batch_size=4)
     with torch.no_grad():
-        exact = encoder(preprocessing([Image.open(item.path) for item in items]))
+        exact = encoder(torch.from_numpy(preprocessing([Image.open(item.path) for item in items])))
     assert np.allclose(features, exact.numpy(), rtol=2e-3, atol=1e-3)
 
     calls = []

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from captioner.arrays import gather_rows
 from captioner.network.attention import EXPECTED, Attention
-from captioner.search import beam_search, gather_rows, sample
+from captioner.search import beam_search, sample
 from captioner.vocabulary import END, PAD, START
 
 from .data.batches import Batch

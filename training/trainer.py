@@ -1,6 +1,7 @@
 """The training loop: stages, epochs and steps, resumable at any step, on one process or many."""
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -15,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from captioner.engine import Graphs
 from captioner.images import Preprocessing
 from captioner.network.attention import Attention
 from captioner.network.model import ShowAttendTell
@@ -185,8 +187,22 @@ class Trainer:
             self.history.epoch(progress.history)
             if better:
                 about = {"training": dataclasses.asdict(config), "dev": row}
-                save_checkpoint(self.output, Checkpoint(model, self.vocabulary, self.preprocessing, about))
+                checkpoint = Checkpoint(model, self.vocabulary, self.preprocessing, about, self.graphs)
+                save_checkpoint(self.output, checkpoint)
         self.distributed.barrier()
+
+    @functools.cached_property
+    def graphs(self) -> Graphs | None:
+        """The network for ONNX Runtime, exported once for all models that the run keeps; None where it cannot be."""
+        if not self.config.export:
+            return None
+        try:
+            from captioner.network.export import export_graphs
+
+            return export_graphs(self.model.config, self.preprocessing.size)
+        except Exception as error:  # the exporter raises many kinds, and none is worth the run
+            log.warning("models are kept without graphs for ONNX Runtime: %s", error)
+            return None
 
     def begin_stage(self, stage: Stage, tensors: dict[str, Tensor] | None) -> None:
         """Create the average, the optimiser and the objective. A later stage continues from the best model so far."""
