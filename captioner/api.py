@@ -1,21 +1,23 @@
 """`Captioner`: a model with its vocabulary and its preprocessing. Images in, captions out."""
 
 import dataclasses
+import importlib
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
-import torch
+import numpy as np
 from PIL import Image
 
+from captioner.arrays import Array, to_numpy
 from captioner.captions import Caption
-from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe, reason
-from captioner.modelfile import MODEL_FILE, CheckpointError
+from captioner.engine import Engine, OnnxEngine
+from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe
+from captioner.modelfile import MODEL_FILE, CheckpointError, ModelDescription, model_file, opened, save_model
 from captioner.options import Options, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.reading import Photo, read_batches, read_photo
@@ -27,30 +29,46 @@ from captioner.search import (
     Distribution,
     Hypotheses,
     beam_search,
+    follow,
     sample,
 )
-from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
+from captioner.vocabulary import END, PAD, SPECIAL
+
+if TYPE_CHECKING:
+    from captioner.checkpoint import Checkpoint
 
 MAX_ROWS = 8000  # captions followed at a time, over all images of a batch; with more, smaller batches are made
 
 
 class Captioner:
-    """A model with its words and its preprocessing: photographs in, captions out.
+    """A model with its vocabulary and its preprocessing.
+
+    Args:
+        model: a network with its vocabulary and preprocessing; or the description of a model.
+        engine: what computes it; None for torch, which needs the network.
 
     Attributes:
+        engine: what computes the network; see `captioner.engine.Engine`.
+        config: names and sizes of the network.
         about: what is known of the model: its scores, the command that made it.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model = checkpoint.model.eval()
-        self.vocabulary = checkpoint.vocabulary
-        self.preprocessing = checkpoint.preprocessing
-        self.about = checkpoint.about
-        self.model.decoder.remember_words()
+    def __init__(self, model: "Checkpoint | ModelDescription", engine: Engine | None = None) -> None:
+        if engine is None:
+            from captioner.network.engine import TorchEngine
+
+            engine = TorchEngine(cast("Checkpoint", model).model)
+        self.engine = engine
+        self.config = model.config
+        self.vocabulary = model.vocabulary
+        self.preprocessing = model.preprocessing
+        self.about = model.about
+        self.graphs = model.graphs
+        self.file: Path | None = None  # where ONNX Runtime's weights are
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str] | None = None, device: str | torch.device | None = None
+        cls, name: str | os.PathLike[str] | None = None, device: str | None = None, engine: str | None = None
     ) -> "Captioner":
         """Load a model.
 
@@ -61,12 +79,54 @@ class Captioner:
                 package means that model, even where a folder has the same name: write "./small", or give a `Path`,
                 for the folder.
             device: where to compute; None for the CPU, "auto" for a GPU where there is one.
+            engine: "onnx" for ONNX Runtime, which computes on the CPU and needs the graphs that `captioner-export`
+                writes into a model; "torch"; or None for ONNX Runtime wherever it can, and torch otherwise.
 
         Raises:
             CheckpointError: there is no such model, or its file is damaged or of another format.
-            ValueError: there is no such device.
+            ImportError: torch is needed and not installed; the message says what to install.
+            ValueError: there is no such device or engine, or the engine cannot use the device.
         """
-        return cls(load_checkpoint(find_model(name or DEFAULT_MODEL), choose_device(device)))
+        if engine not in (None, "onnx", "torch"):
+            raise ValueError(f'engine must be "onnx" or "torch", not {engine!r}')
+        path = model_file(find_model(name or DEFAULT_MODEL))
+        if device == "auto" and engine != "onnx":
+            device = "cuda" if has_gpu() else None
+        on_cpu = device in (None, "cpu", "auto")
+        if engine == "onnx" and not on_cpu:
+            raise ValueError(f'the engine "onnx" computes on the CPU, not on {device!r}')
+        if engine != "torch" and on_cpu and (found := cls.on_onnx_runtime(path)):
+            return found
+        if engine == "onnx":
+            raise CheckpointError(f"{path} has no graphs for ONNX Runtime; run captioner-export {path}")
+        from captioner.network.engine import choose_device
+
+        return cls(importlib.import_module("captioner.checkpoint").load_checkpoint(path, choose_device(device)))
+
+    @classmethod
+    def on_onnx_runtime(cls, path: Path) -> "Captioner | None":
+        """The model in a file, with ONNX Runtime; None where it has no graphs for that."""
+        with opened(path) as file:
+            description = ModelDescription.from_metadata(file.metadata() or {}, path)
+            if description.graphs is None:
+                return None
+            try:
+                captioner = cls(description, OnnxEngine(description.graphs, file.get_tensor))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        captioner.file = path
+        return captioner
+
+    @property
+    def model(self) -> Any:
+        """The network in torch, a `captioner.network.model.ShowAttendTell`.
+
+        Raises:
+            AttributeError: another engine computes it.
+        """
+        if self.file:
+            raise AttributeError('ONNX Runtime computes this network; from_pretrained(..., engine="torch") gives it')
+        return cast(Any, self.engine).model
 
     def save_pretrained(self, path: str | os.PathLike[str], half: bool = False) -> None:
         """Write the model as one file, for `from_pretrained`.
@@ -76,9 +136,18 @@ class Captioner:
             half: store the weights in float16.
 
         Raises:
-            CheckpointError: the file cannot be written.
+            CheckpointError: the file cannot be written, a weight is not finite, or ONNX Runtime computes the model and
+                its file has been replaced since.
         """
-        save_checkpoint(path, Checkpoint(self.model, self.vocabulary, self.preprocessing, self.about), half)
+        description = ModelDescription(self.config, self.vocabulary, self.preprocessing, self.about, self.graphs)
+        if self.file:
+            with opened(self.file) as file:
+                if ModelDescription.from_metadata(file.metadata() or {}, self.file) != description:
+                    raise CheckpointError(f"{self.file} holds another model now than when it was loaded")
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        else:
+            weights = {name: to_numpy(tensor) for name, tensor in self.model.state_dict().items()}
+        save_model(path, description, weights, half)
 
     @overload
     def caption(  # type: ignore[overload-overlap]  # a string is a sequence of strings
@@ -107,24 +176,24 @@ class Captioner:
         errors: Literal["raise", "return"] = "raise",
         **options: Unpack[Options],
     ) -> Caption | ImageError | list[Caption] | list[Caption | ImageError]:
-        """Say what is in one image or many.
+        """Caption one image or many.
 
         Args:
             images: one image, or a list or tuple of them: a path, bytes, an open file, a PIL image, an array
                 (height, width[, channels]), a tensor (channels, height, width).
-            errors: "raise" for the ImageError of the first image that cannot be read, or "return" for a result in
-                which an ImageError stands in the place of each.
+            errors: "raise" to raise the ImageError of the first image that cannot be read, or "return" to return an
+                ImageError in place of its caption.
             batch_size: images that go through the network together; 32 by default.
-            beam_size: captions that are followed at a time; 1 is greedy search. 5 by default.
+            beam_size: hypotheses that the beam search keeps; 1 is greedy search. 5 by default.
             alternatives: other captions to return with each; by default all the others of the beam, or none when
                 sampling.
-            max_length: most words in a caption; 22 by default.
+            max_length: largest number of words in a caption; 22 by default.
             length_penalty: captions are ranked by log-probability over length to this power; 1 by default.
-            block_ngrams: when above 0, no run of that many words stands twice in a caption; 2 by default.
-            temperature, top_p: when either is given, words are drawn by chance instead of searched for: from the
-                model's distribution sharpened (below 1) or flattened (above 1) by the temperature, and only from
-                the likeliest words that together reach top_p.
-            seed: the same seed draws the same captions.
+            block_ngrams: when above 0, no n-gram of that many words occurs twice in a caption; 2 by default.
+            temperature, top_p: when either is given, words are sampled: from the model's distribution sharpened (below
+                1) or flattened (above 1) by the temperature, and only from the likeliest words that together reach
+                the probability top_p.
+            seed: the same seed gives the same samples.
             max_pixels: larger images are refused before they are decoded; 100 million by default.
             keep_annotations: keep the annotation vectors with each caption, for `captioner.explain`.
 
@@ -163,11 +232,11 @@ class Captioner:
         max_pixels: float = MAX_PIXELS,
         keep_annotations: bool = False,
     ) -> Generator[Caption | ImageError, None, None]:
-        """Caption any number of images, one after the other, in bounded memory.
+        """Caption any number of images in bounded memory.
 
         While the network computes the captions of one batch, threads read the next. `sources` is advanced in the
         caller's thread, at most two batches ahead of the results. Open files, images, arrays and tensors are read
-        as soon as they come: the caller may then close them or write to them.
+        when `sources` gives them, so the caller may then close them or write to them.
 
         Args:
             sources: the images, each as in `caption`; any iterable, a generator too.
@@ -202,10 +271,10 @@ class Captioner:
             raise ValueError(f"{option} {value} is too many: a caption may begin with one of {most} words")
         shared: dict[str, Any] = {"max_length": max_length, "block_ngrams": block_ngrams}
         if sampling:
-            search = partial(sample, self.model.decoder, samples=rows, **drawn, **shared)
+            search = partial(sample, self.engine, samples=rows, **drawn, **shared)
             distribution = Distribution(block_ngrams, drawn.get("temperature", 1.0), drawn.get("top_p", 1.0))
         else:
-            search = partial(beam_search, self.model.decoder, beam_size=rows, length_penalty=length_penalty, **shared)
+            search = partial(beam_search, self.engine, beam_size=rows, length_penalty=length_penalty, **shared)
             distribution = Distribution(block_ngrams)
         batches = read_batches(
             iter(sources),
@@ -217,7 +286,7 @@ class Captioner:
     def results(
         self,
         batches: Generator[list[Photo | ImageError], None, None],
-        search: Callable[[torch.Tensor], Hypotheses],
+        search: Callable[[Array], Hypotheses],
         alternatives: int,
         distribution: Distribution,
         keep_annotations: bool,
@@ -234,44 +303,36 @@ class Captioner:
                 for photo in batch:
                     yield photo if isinstance(photo, ImageError) else next(captions)
 
-    def annotate(self, photos: Sequence[Photo]) -> torch.Tensor:
+    def annotate(self, photos: Sequence[Photo]) -> Array:
         """The annotation vectors of photographs, (batch, regions, channels)."""
-        with torch.inference_mode():
-            return self.model.annotate(self.preprocessing([photo.pixels for photo in photos]).to(self.model.device))
+        return self.engine.annotate(self.preprocessing([photo.pixels for photo in photos]))
 
     def teacher_forced(
         self, image: ImageSource, text: str, max_pixels: float = MAX_PIXELS, keep_annotations: bool = False
     ) -> Caption:
-        """What the model makes of a caption that somebody else wrote: each word's probability, and where it looks.
+        """Read a given caption under teacher forcing: the probability and the attention map of each of its words.
 
         Args:
-            image: as in `caption`, one.
-            text: lower-cased words with a space between each two; "a dog on grass".
+            image: one image, as in `caption`.
+            text: lower-case words with a space between each two, such as "a dog on grass".
             max_pixels, keep_annotations: as in `caption`.
 
         Returns:
-            A `Caption` with the words given; its log-probabilities say how well they describe the image.
+            A `Caption` of these words. The higher its log-probability, the better they describe the image.
 
         Raises:
             ImageError: the image cannot be read.
-            ValueError: there is no word, or one that the model does not know; the message names them.
+            ValueError: the text has no word, or has words that are not in the vocabulary; the message names them.
         """
         words = text.split()
         if not words:
-            raise ValueError("there is no word to say")
+            raise ValueError("the caption has no words")
         if unknown := [word for word in words if word not in self.vocabulary.words[len(SPECIAL) :]]:
             raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}")
         photo = read_photo(image, self.preprocessing, max_pixels)
-        ids = torch.tensor([[self.vocabulary.encode(words)]], device=self.model.device)
-        with torch.inference_mode():
-            annotations = self.annotate([photo])
-            output = self.model.decoder(annotations, ids)
-            logits = output.logits.index_fill(1, torch.tensor([PAD, START, UNKNOWN], device=ids.device), float("-inf"))
-            logits[0, END] = float("-inf")  # as in search, where no caption is empty
-            log_probabilities = logits.log_softmax(dim=-1).gather(1, output.targets[:, None])
-        found = Hypotheses(
-            ids[..., 1:], log_probabilities.view(1, 1, -1), output.alpha, log_probabilities.new_zeros(1, 1)
-        )
+        annotations = self.annotate([photo])
+        ids = self.engine.array(np.array([[self.vocabulary.encode(words)[1:]]]))
+        found = follow(self.engine, annotations, ids)
         return self.read(found, [photo], 0, Distribution(), annotations if keep_annotations else None)[0]
 
     def read(
@@ -280,17 +341,16 @@ class Captioner:
         photos: Sequence[Photo],
         alternatives: int,
         distribution: Distribution,
-        annotations: torch.Tensor | None,
+        annotations: Array | None,
     ) -> list[Caption]:
-        """Turn what a search found into captions, each with its annotation vectors where they are given."""
-        words, alphas = found.words.cpu().numpy(), found.alpha.float().cpu().numpy()
-        log_probabilities = found.log_probabilities.cpu().numpy()
-        grid = self.model.config.grid
-        pixels = self.model.encoder.displacement
+        """Convert hypotheses to captions, each with its annotation vectors where they are given."""
+        words, alphas, log_probabilities = map(to_numpy, (found.words, found.alpha, found.log_probabilities))
+        grid = self.config.grid
+        pixels = self.engine.displacement
         displacement = (pixels / self.preprocessing.size[0], pixels / self.preprocessing.size[1])
         captions = []
         # Copied, so that no caption keeps the arrays of its whole batch in memory.
-        kept = None if annotations is None else [array.copy() for array in annotations.float().cpu().numpy()]
+        kept = None if annotations is None else [array.copy() for array in to_numpy(annotations)]
         for i, photo in enumerate(photos):
             rows = []
             for j in range(alternatives + 1):
@@ -303,7 +363,7 @@ class Captioner:
                         word_log_probabilities=tuple(log_probabilities[i, j, :length].tolist()),
                         attention=maps.mean(axis=1),
                         image=photo.preview,
-                        head_attention=maps.copy() if self.model.decoder.heads > 1 else None,
+                        head_attention=maps.copy() if self.engine.heads > 1 else None,
                         displacement=displacement,
                         source=photo.path,
                         size=photo.size,
@@ -315,19 +375,13 @@ class Captioner:
         return captions
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name; None is the CPU, "auto" a GPU where there is one.
-
-    Raises:
-        ValueError: there is no such device here.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def has_gpu() -> bool:
+    """Whether torch is installed and finds a GPU that it knows as "cuda"."""
     try:
-        torch.empty(1, device=device or "cpu").cpu()
-    except Exception as error:  # each backend has its own
-        raise ValueError(f"cannot use device {str(device)!r}: {reason(error)}") from error
-    return torch.device(device or "cpu")
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
 
 
 def find_model(name: str | os.PathLike[str]) -> Path:

@@ -10,21 +10,37 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from captioner.files import replacing
+from captioner.arrays import to_numpy
+from captioner.config import ModelConfig
+from captioner.engine import Graphs
 from captioner.images import Preprocessing
-from captioner.modelfile import CheckpointError, ModelDescription, model_file, opened
+from captioner.modelfile import CheckpointError, ModelDescription, model_file, opened, save_model
 from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A model, its vocabulary, its preprocessing, and what is known of it: scores, the command that made it."""
+    """A model, its vocabulary, its preprocessing, what is known of it, and its graphs where it was exported.
+
+    `about` holds scores and the command that made the model; see `captioner.modelfile.ModelDescription`.
+    """
 
     model: ShowAttendTell
     vocabulary: Vocabulary
     preprocessing: Preprocessing
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    graphs: Graphs | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """Names and sizes of the network."""
+        return self.model.config
+
+    @property
+    def description(self) -> ModelDescription:
+        """All but the weights."""
+        return ModelDescription(self.config, self.vocabulary, self.preprocessing, self.about, self.graphs)
 
 
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint, half: bool = False) -> None:
@@ -41,28 +57,8 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint, half: 
     Raises:
         CheckpointError: the file cannot be written, or a weight is not finite.
     """
-    path = model_file(path)
-    weights = {
-        name: (tensor.half() if half and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in checkpoint.model.state_dict().items()
-    }
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{name} holds numbers that are not finite{' in float16' if half else ''}; "
-                f"the model is not saved, and {path} is untouched"
-            )
-    description = ModelDescription(
-        checkpoint.model.config, checkpoint.vocabulary, checkpoint.preprocessing, checkpoint.about
-    )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_tensors(temporary, weights, description.to_metadata())
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot save the model in {path}: {error.strerror or error}; what was there before is untouched"
-        ) from error
+    weights = {name: to_numpy(tensor) for name, tensor in checkpoint.model.state_dict().items()}
+    save_model(path, checkpoint.description, weights, half)
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Checkpoint:
@@ -86,7 +82,13 @@ def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
             raise CheckpointError(f"{path} does not describe a model: {error!s:.300}") from error
         check_shapes(model, file, path)
         fill(model.to_empty(device="cpu"), file, path)
-    return Checkpoint(model.to(device).eval(), description.vocabulary, description.preprocessing, description.about)
+    return Checkpoint(
+        model.to(device).eval(),
+        description.vocabulary,
+        description.preprocessing,
+        description.about,
+        description.graphs,
+    )
 
 
 class WithoutMemory(TorchFunctionMode):

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import torch
 
 from captioner.api import Captioner
+from captioner.arrays import to_numpy
 from captioner.captions import Caption
-from captioner.vocabulary import START
+from captioner.search import steps_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,6 @@ def normalised_entropy(weights: np.ndarray) -> float:
     return float(-(some * np.log(some)).sum() / np.log(max(weights.size, 2)))
 
 
-@torch.inference_mode()
 def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list[Explanation]:
     """The numbers of each step as the model said the words of a caption.
 
@@ -76,36 +75,24 @@ def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list
     """
     if caption.annotations is None:
         raise ValueError(f"the caption {str(caption)!r} has no annotation vectors; make it with keep_annotations=True")
-    model, words = captioner.model, captioner.vocabulary.words
-    decoder: Any = model.decoder  # whichever it is, it has the same methods
-    grid = model.config.grid
+    engine, grid, words = captioner.engine, captioner.config.grid, captioner.vocabulary.words
     # The end has a probability only where the model said it.
     tokens = captioner.vocabulary.encode(caption.words)[1 : len(caption.word_log_probabilities) + 1]
-    annotations = torch.tensor(caption.annotations[None], dtype=next(model.parameters()).dtype, device=model.device)
-    memory = decoder.encode(annotations)
-    state = decoder.initial_state(memory, rows=1)
-    before = torch.empty(1, 1, 0, dtype=torch.long, device=model.device)
-    last_tokens = torch.full((1, 1), START, device=model.device)
+    ids = engine.array(np.array([[tokens]]))
     steps = []
-    for token in tokens:
-        step = decoder.step(memory, state, last_tokens)
-        heads = step.alpha[0, 0].cpu().numpy()
+    for t, step in enumerate(steps_of(engine, engine.array(caption.annotations[None]), ids)):
+        heads = to_numpy(step.alpha)[0, 0]
         weights = heads.mean(axis=0)
-        probabilities = caption.distribution.log_probabilities(step.logits, before).exp()[0, 0]
-        best = probabilities.topk(min(candidates, int((probabilities > 0).sum())))
+        probabilities = np.exp(to_numpy(caption.distribution.log_probabilities(step.logits, ids[..., :t]))[0, 0])
+        likeliest = np.argsort(-probabilities, kind="stable")[: min(candidates, int((probabilities > 0).sum()))]
         steps.append(
             Explanation(
-                words[token],
-                None if step.scores is None else step.scores.view(grid).cpu().numpy(),
+                words[tokens[t]],
+                None if step.scores is None else to_numpy(step.scores).reshape(grid),
                 weights.reshape(grid),
                 tuple(map(normalised_entropy, (weights, *heads) if len(heads) > 1 else (weights,))),
-                None if step.beta is None else float(step.beta),
-                tuple(
-                    (words[candidate], probability)
-                    for candidate, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-                ),
+                None if step.beta is None else float(to_numpy(step.beta)[0, 0]),
+                tuple((words[candidate], float(probabilities[candidate])) for candidate in likeliest),
             )
         )
-        state, last_tokens = step.state, torch.full_like(last_tokens, token)
-        before = torch.cat([before, last_tokens[..., None]], dim=2)
     return steps

@@ -8,6 +8,7 @@ first in JSON:
     preprocessing   a `captioner.images.Preprocessing`
     vocabulary      the words in the order of their ids, without the special ones
     about           what is known of the model: the command that made it, its training data, its scores
+    graphs          the network for ONNX Runtime, a `captioner.engine.Graphs`; missing where it was not exported
 
 Nothing in it is ever unpickled. A file from a stranger is refused with a `CheckpointError` before it can cost much
 time or memory.
@@ -17,11 +18,16 @@ import contextlib
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from captioner.config import ModelConfig
+from captioner.engine import Graphs, digest_of
+from captioner.files import replacing
 from captioner.vocabulary import SPECIAL, Vocabulary
 
 if TYPE_CHECKING:
@@ -45,12 +51,14 @@ class ModelDescription:
         vocabulary: its words.
         preprocessing: how images become its input.
         about: what is known of it, as plain data.
+        graphs: the network for ONNX Runtime; None where there is none.
     """
 
     config: ModelConfig
     vocabulary: Vocabulary
     preprocessing: "Preprocessing"
     about: dict[str, Any]
+    graphs: Graphs | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """The texts of the header."""
@@ -60,7 +68,8 @@ class ModelDescription:
             "vocabulary": self.vocabulary.words[len(SPECIAL) :],
             "about": self.about,
         }
-        return {"format": str(FORMAT), **{name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}}
+        texts = {"format": str(FORMAT), **{name: json.dumps(part, ensure_ascii=False) for name, part in parts.items()}}
+        return texts if self.graphs is None else {**texts, "graphs": self.graphs.to_text()}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> "ModelDescription":
@@ -87,7 +96,8 @@ class ModelDescription:
                 )
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} does not describe a model: {error}") from error
-        return cls(config, vocabulary, preprocessing, about)
+        graphs = read_graphs(metadata, digest_of(dataclasses.asdict(config), preprocessing.size), path)
+        return cls(config, vocabulary, preprocessing, about, graphs)
 
 
 def model_file(path: str | os.PathLike[str]) -> Path:
@@ -134,6 +144,51 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         raise CheckpointError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
+def save_model(
+    path: str | os.PathLike[str], description: ModelDescription, weights: Mapping[str, np.ndarray], half: bool = False
+) -> None:
+    """Write a model as one file.
+
+    The file is written whole under a temporary name, flushed to the disk and then renamed, so that a save that is
+    interrupted, or meets a full disk, leaves the old model as it was.
+
+    Args:
+        path: a folder, which is made if need be and gets a `model.safetensors`, or the `.safetensors` file.
+        description: all but the weights.
+        weights: by name.
+        half: store floating-point weights in float16, half the size.
+
+    Raises:
+        CheckpointError: the file cannot be written, or a weight is not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path = model_file(path)
+    with np.errstate(over="ignore"):  # what becomes infinite is found below
+        weights = {
+            name: np.asarray(array, np.float16 if half and array.dtype.kind == "f" else None, order="C")
+            for name, array in weights.items()
+        }
+    for name, array in weights.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{name} holds numbers that are not finite{' in float16' if half else ''}; "
+                f"the model is not saved, and {path} is untouched"
+            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            try:
+                save_file(weights, temporary, description.to_metadata())
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot save the model in {path}: {error.strerror or error}; what was there before is untouched"
+        ) from error
+
+
 def check_format(metadata: Mapping[str, str], path: Path) -> None:
     """Raise CheckpointError unless the texts of a header are of this version's format."""
     found = metadata.get("format", "")
@@ -146,6 +201,20 @@ def check_format(metadata: Mapping[str, str], path: Path) -> None:
     raise CheckpointError(
         f"{path} is of format {found:.100}; this version of captioner reads format {FORMAT}, one file"
     )
+
+
+def read_graphs(metadata: Mapping[str, str], configuration: str, path: Path) -> Graphs | None:
+    """The graphs in a header; None, with a warning, where they are damaged or belong to another configuration."""
+    if "graphs" not in metadata:
+        return None
+    try:
+        graphs = Graphs.from_text(metadata["graphs"])
+        if graphs.configuration != configuration:
+            raise ValueError("they were exported from another configuration")
+    except ValueError as error:
+        warnings.warn(f"the graphs in {path} are not used: {error}; run captioner-export {path}", stacklevel=2)
+        return None
+    return graphs
 
 
 def parse_json(metadata: Mapping[str, str], name: str, kind: type) -> Any:

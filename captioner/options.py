@@ -1,4 +1,4 @@
-"""The values that the options of captioning may have. Nothing heavy is imported here, for the command line's sake."""
+"""The options of captioning and their limits. Nothing heavy is imported here, so that the command starts quickly."""
 
 import operator
 from typing import NamedTuple, TypedDict
@@ -21,7 +21,7 @@ class Options(TypedDict, total=False):
 
 
 class Limits(NamedTuple):
-    """The values of one option: whole numbers where `whole`, from `low` (itself left out where `above`) to `high`."""
+    """The limits of one option: from `low` (excluded if `above`) to `high`; only integers if `whole`."""
 
     whole: bool
     low: float
@@ -42,7 +42,7 @@ LIMITS = {
     "block_ngrams": Limits(True, 0, 1000),
     "temperature": Limits(False, 0, 1000, above=True),
     "top_p": Limits(False, 0, 1, above=True),
-    "seed": Limits(True, -(2**63), 2**63 - 1),  # what torch takes
+    "seed": Limits(True, -(2**63), 2**63 - 1),  # 64 bits
     "max_pixels": Limits(False, 1, 10**12),
     "max_megapixels": Limits(False, 1e-6, 10**6),
     "min_confidence": Limits(False, 0, 1),
@@ -50,10 +50,10 @@ LIMITS = {
 
 
 def check_option(name: str, value: object) -> int | float:
-    """The value as a Python number.
+    """Check the value of an option and return it as a Python number.
 
     Raises:
-        ValueError: the option cannot have it; the message names the option, its limits and the value.
+        ValueError: the value is outside the limits; the message names the option, its limits and the value.
     """
     limits = LIMITS[name]
     try:

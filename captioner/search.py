@@ -1,18 +1,32 @@
 """Greedy, beam and sampled decoding: from annotation vectors to words, for a whole batch of images at once.
 
-Every search keeps its hypotheses in tensors of shape (images, rows, ...), where the rows of an image are its beams
+Every search keeps its hypotheses in arrays of shape (images, rows, ...), where the rows of an image are its beams
 or its samples, and advances all of them in one step of the decoder. A hypothesis that has ended stays in its row
-and is padded. The decoder may be any module with `heads`, `encode`, `initial_state` and `step` like
-`captioner.network.decoder.AttentionLSTM`. Its steps give a `captioner.network.decoder.Step`, whose state is a named
-tuple of tensors of shape (images, rows, ...).
+and is padded. The decoder may be any object with `heads`, `encode`, `initial_state` and `step`: an engine (see
+`captioner.engine`), or the decoder of a network in training. Its arrays are NumPy's or torch's; what is computed here
+is written once for both (see `captioner.arrays`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from captioner.arrays import (
+    Array,
+    cast,
+    full,
+    gather_rows,
+    log_softmax,
+    moved,
+    namespace,
+    put_along,
+    sort_descending,
+    take_along,
+    top,
+    without_gradients,
+)
+from captioner.engine import Step
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
 
 NEVER = float("-inf")
@@ -31,21 +45,21 @@ class Hypotheses(NamedTuple):
     alpha: (images, rows, steps, heads, regions), where the decoder looked; zero on padding.
     scores: (images, rows), by which they are ranked: log-probability over length to a power.
     drawn: (images, rows, steps, layers), the regions that attention drew, where it is left to draw any
-        (`captioner.network.attention.HardAttention` in training mode); None otherwise.
+        (hard attention in training); None otherwise.
     """
 
-    words: Tensor
-    log_probabilities: Tensor
-    alpha: Tensor
-    scores: Tensor
-    drawn: Tensor | None = None
+    words: Array
+    log_probabilities: Array
+    alpha: Array
+    scores: Array
+    drawn: Array | None = None
 
     @property
-    def lengths(self) -> Tensor:
+    def lengths(self) -> Array:
         """Words in each caption, the end included: (images, rows)."""
-        return (self.words != PAD).sum(dim=2)
+        return (self.words != PAD).sum(axis=2)
 
-    def choose(self, rows: Tensor, scores: Tensor) -> "Hypotheses":
+    def choose(self, rows: Array, scores: Array) -> "Hypotheses":
         """For each image the rows named, (images, new rows), with their scores."""
         return Hypotheses(
             gather_rows(self.words, rows),
@@ -55,17 +69,16 @@ class Hypotheses(NamedTuple):
             None if self.drawn is None else gather_rows(self.drawn, rows),
         )
 
-    def extend(
-        self, words: Tensor, log_probabilities: Tensor, alpha: Tensor, drawn: Tensor | None = None
-    ) -> "Hypotheses":
+    def extend(self, words: Array, log_probabilities: Array, alpha: Array, drawn: Array | None = None) -> "Hypotheses":
         """Each row with one more word, (images, rows)."""
+        concatenate = namespace(words).concatenate
         if drawn is not None:
             drawn = drawn[:, :, None]
-            drawn = drawn if self.drawn is None else torch.cat([self.drawn, drawn], dim=2)
+            drawn = drawn if self.drawn is None else concatenate([self.drawn, drawn], axis=2)
         return self._replace(
-            words=torch.cat([self.words, words[..., None]], dim=2),
-            log_probabilities=torch.cat([self.log_probabilities, log_probabilities[..., None]], dim=2),
-            alpha=torch.cat([self.alpha, alpha[:, :, None]], dim=2),
+            words=concatenate([self.words, words[..., None]], axis=2),
+            log_probabilities=concatenate([self.log_probabilities, log_probabilities[..., None]], axis=2),
+            alpha=concatenate([self.alpha, alpha[:, :, None]], axis=2),
             drawn=drawn,
         )
 
@@ -82,7 +95,7 @@ class Distribution(NamedTuple):
     temperature: float = 1.0
     top_p: float = 1.0
 
-    def log_probabilities(self, logits: Tensor, words: Tensor) -> Tensor:
+    def log_probabilities(self, logits: Array, words: Array) -> Array:
         """Of the next word, (images, rows, vocabulary).
 
         Args:
@@ -92,21 +105,15 @@ class Distribution(NamedTuple):
         logits = allowed(logits, words, self.block_ngrams)
         if self.temperature != 1:
             # With the largest at zero, no temperature is so low that the division overflows.
-            logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(self.temperature, 1e-30)
-        return nucleus(logits.log_softmax(dim=-1), self.top_p)
+            largest = namespace(logits).amax(logits, axis=-1, keepdims=True)
+            logits = (logits - largest) / max(self.temperature, 1e-30)
+        return nucleus(log_softmax(logits), self.top_p)
 
 
-def gather_rows(tensor: Tensor, rows: Tensor) -> Tensor:
-    """tensor (images, rows, ...) -> the rows named for each image by `rows` (images, new rows)."""
-    images = torch.arange(tensor.shape[0], device=tensor.device)[:, None]
-    return tensor[images, rows]
-
-
-@torch.inference_mode()
 def beam_search(
     decoder: Any,
-    annotations: Tensor,
-    mask: Tensor | None = None,
+    annotations: Array,
+    mask: Array | None = None,
     *,
     beam_size: int = 5,
     max_length: int = 20,
@@ -120,7 +127,7 @@ def beam_search(
     compete with those that go on; what has not ended after `max_length` words is cut there and still returned.
 
     Args:
-        decoder: the decoder, in evaluation mode.
+        decoder: an engine, or the decoder of a network in evaluation mode.
         annotations: (images, regions, channels).
         mask: (images, regions), True where a region is real; None where all are.
         beam_size: hypotheses kept for each image.
@@ -136,46 +143,45 @@ def beam_search(
     """
     check_lengths(beam_size, "beam_size", max_length)
     distribution = Distribution(block_ngrams)
-    memory, state, hypotheses = start(decoder, annotations, mask, beam_size)
-    tokens = torch.full(hypotheses.scores.shape, START, device=annotations.device)
-    # All beams are equal at first: only the first may grow, or they would all stay alike.
-    total = torch.full_like(hypotheses.scores, NEVER)
-    total[:, 0] = 0.0
+    with without_gradients(annotations):
+        memory, state, tokens, hypotheses = start(decoder, annotations, mask, beam_size)
+        # All beams are equal at first: only the first may grow, or they would all stay alike.
+        total = full(tokens.shape, NEVER, like=annotations)
+        total[:, 0] = 0.0
 
-    for _ in range(max_length):
-        step = decoder.step(memory, state, tokens)
-        log_probabilities = distribution.log_probabilities(step.logits, hypotheses.words)
-        ended = (tokens == END) | (tokens == PAD)
-        log_probabilities = only_padding_after_the_end(log_probabilities, ended)
-        totals = total[..., None] + log_probabilities
-        lengths = (hypotheses.lengths + ~ended)[..., None]
-        ranks = totals / lengths.clamp(min=1) ** length_penalty
+        for _ in range(max_length):
+            step = decoder.step(memory, state, tokens)
+            log_probabilities = distribution.log_probabilities(step.logits, hypotheses.words)
+            ended = has_ended(tokens)
+            log_probabilities = only_padding_after_the_end(log_probabilities, ended)
+            totals = total[..., None] + log_probabilities
+            lengths = cast(hypotheses.lengths + ~ended, "float32")[..., None]
+            ranks = totals / lengths.clip(1) ** length_penalty
 
-        vocabulary = ranks.shape[-1]
-        if vocabulary - len(SPECIAL) < beam_size:
-            raise ValueError(
-                f"beam_size {beam_size} is more than the {vocabulary - len(SPECIAL)} words a caption may begin with"
+            images, _, vocabulary = ranks.shape
+            if vocabulary - len(SPECIAL) < beam_size:
+                raise ValueError(
+                    f"beam_size {beam_size} is more than the {vocabulary - len(SPECIAL)} words a caption may begin with"
+                )
+            scores, best = top(ranks.reshape(images, -1), beam_size)
+            parents, tokens = best // vocabulary, best % vocabulary
+            total = take_along(totals.reshape(images, -1), best)
+            hypotheses = hypotheses.choose(parents, scores).extend(
+                tokens,
+                take_along(log_probabilities.reshape(images, -1), best),
+                gather_rows(step.alpha, parents) * (tokens != PAD)[..., None, None],
+                None if step.drawn is None else gather_rows(step.drawn, parents),
             )
-        scores, best = ranks.flatten(1).topk(beam_size, dim=1)
-        parents, tokens = best // vocabulary, best % vocabulary
-        total = totals.flatten(1).gather(1, best)
-        hypotheses = hypotheses.choose(parents, scores).extend(
-            tokens,
-            log_probabilities.flatten(1).gather(1, best),
-            gather_rows(step.alpha, parents) * (tokens != PAD)[..., None, None],
-            None if step.drawn is None else gather_rows(step.drawn, parents),
-        )
-        state = type(state)(*(gather_rows(part, parents) for part in step.state))
-        if bool(((tokens == END) | (tokens == PAD)).all()):
-            break
-    return hypotheses
+            state = type(state)(*(gather_rows(part, parents) for part in step.state))
+            if bool(has_ended(tokens).all()):
+                break
+        return hypotheses
 
 
-@torch.inference_mode()
 def sample(
     decoder: Any,
-    annotations: Tensor,
-    mask: Tensor | None = None,
+    annotations: Array,
+    mask: Array | None = None,
     *,
     samples: int = 1,
     max_length: int = 20,
@@ -191,8 +197,9 @@ def sample(
         samples: captions drawn for each image.
         temperature: divides the logits; below 1 safer, above 1 bolder.
         top_p: draw only among the likeliest words that together reach this probability (Holtzman et al. 2020).
-        seed: the same seed gives the same captions, however the images are batched, because each image is
-            drawn with the same random numbers, or with its own where there is a seed for each; None draws afresh.
+        seed: the same seed gives the same captions, however the images are batched and with any engine, because each
+            image is drawn with the same random numbers, or with its own where there is a seed for each; None draws
+            afresh.
 
     Returns:
         Hypotheses with `samples` rows, the likeliest first; log-probabilities are those of the distribution
@@ -209,95 +216,141 @@ def sample(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
     distribution = Distribution(block_ngrams, temperature, top_p)
-    memory, state, hypotheses = start(decoder, annotations, mask, samples)
-    tokens = torch.full(hypotheses.scores.shape, START, device=annotations.device)
-    if seed is None:
-        chances = torch.rand(annotations.shape[0], samples, max_length)
-    else:
-        seeds = [seed] if isinstance(seed, int) else seed
-        drawn = [torch.rand(samples, max_length, generator=torch.Generator().manual_seed(value)) for value in seeds]
-        chances = torch.stack(drawn).expand(annotations.shape[0], -1, -1)
-    chances = chances.to(annotations.device)  # not in a shorter type, where they could round to 1
+    images = annotations.shape[0]
+    seeds = [seed] * images if seed is None or isinstance(seed, int) else seed
+    chances = moved(np.stack([random_numbers(one, samples, max_length) for one in seeds]), like=annotations)
+    with without_gradients(annotations):
+        memory, state, tokens, hypotheses = start(decoder, annotations, mask, samples)
 
-    for t in range(max_length):
+        for t in range(max_length):
+            step = decoder.step(memory, state, tokens)
+            log_probabilities = distribution.log_probabilities(step.logits, hypotheses.words)
+            log_probabilities = only_padding_after_the_end(log_probabilities, has_ended(tokens))
+            tokens = draw(log_probabilities, chances[..., t])
+            hypotheses = hypotheses.extend(
+                tokens,
+                take_along(log_probabilities, tokens[..., None])[..., 0],
+                step.alpha * (tokens != PAD)[..., None, None],
+                step.drawn,
+            )
+            state = step.state
+            if bool(has_ended(tokens).all()):
+                break
+
+        scores = hypotheses.log_probabilities.sum(axis=2) / hypotheses.lengths.clip(1)
+        scores, order = sort_descending(scores)
+        return hypotheses.choose(order, scores)
+
+
+def follow(decoder: Any, annotations: Array, words: Array, mask: Array | None = None) -> Hypotheses:
+    """Captions that somebody else wrote, read word by word: teacher forcing.
+
+    Args:
+        decoder, annotations, mask: as in `beam_search`.
+        words: (images, rows, steps) ids, without `START`; `PAD` after a caption's end.
+
+    Returns:
+        Hypotheses of these words, with the log-probabilities that a search would have chosen them by.
+    """
+    with without_gradients(annotations):
+        *_, hypotheses = start(decoder, annotations, mask, words.shape[1])
+        for t, step in enumerate(steps_of(decoder, annotations, words, mask)):
+            log_probabilities = Distribution().log_probabilities(step.logits, hypotheses.words)
+            tokens = words[..., t]
+            log_probabilities = only_padding_after_the_end(log_probabilities, tokens == PAD)
+            hypotheses = hypotheses.extend(
+                tokens,
+                take_along(log_probabilities, tokens[..., None])[..., 0],
+                step.alpha * (tokens != PAD)[..., None, None],
+            )
+        return hypotheses._replace(scores=hypotheses.log_probabilities.sum(axis=2) / hypotheses.lengths.clip(1))
+
+
+def steps_of(decoder: Any, annotations: Array, words: Array, mask: Array | None = None) -> Iterator[Step]:
+    """The decoder's step before each word of captions that are given; see `follow`."""
+    memory, state, tokens, _ = start(decoder, annotations, mask, words.shape[1])
+    for t in range(words.shape[2]):
         step = decoder.step(memory, state, tokens)
-        log_probabilities = distribution.log_probabilities(step.logits, hypotheses.words)
-        ended = (tokens == END) | (tokens == PAD)
-        log_probabilities = only_padding_after_the_end(log_probabilities, ended)
-        tokens = draw(log_probabilities, chances[..., t])
-        hypotheses = hypotheses.extend(
-            tokens,
-            log_probabilities.gather(-1, tokens[..., None]).squeeze(-1),
-            step.alpha * (tokens != PAD)[..., None, None],
-            step.drawn,
-        )
-        state = step.state
-        if bool(((tokens == END) | (tokens == PAD)).all()):
-            break
-
-    scores = hypotheses.log_probabilities.sum(dim=2) / hypotheses.lengths.clamp(min=1)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return hypotheses.choose(order, scores)
+        yield step
+        state, tokens = step.state, words[..., t]
 
 
-def start(decoder: Any, annotations: Tensor, mask: Tensor | None, rows: int) -> tuple[Any, Any, Hypotheses]:
-    """The memory of the images, the first state, and hypotheses without a word yet."""
+def start(decoder: Any, annotations: Array, mask: Array | None, rows: int) -> tuple[Any, Any, Array, Hypotheses]:
+    """What the decoder remembers of the images, the first state, the first tokens, and hypotheses without a word."""
     images, regions, _ = annotations.shape
     memory = decoder.encode(annotations, mask)
     return (
         memory,
         decoder.initial_state(memory, rows),
+        full((images, rows), START, annotations, "int64"),
         Hypotheses(
-            torch.empty(images, rows, 0, dtype=torch.long, device=annotations.device),
-            annotations.new_empty(images, rows, 0),
-            annotations.new_empty(images, rows, 0, decoder.heads, regions),
-            annotations.new_zeros(images, rows),
+            full((images, rows, 0), PAD, annotations, "int64"),
+            full((images, rows, 0), 0, annotations),
+            full((images, rows, 0, decoder.heads, regions), 0, annotations),
+            full((images, rows), 0, annotations),
         ),
     )
 
 
-def allowed(logits: Tensor, words: Tensor, block_ngrams: int) -> Tensor:
+def has_ended(tokens: Array) -> Array:
+    """Whether a caption ended with its latest token, or before it; of the shape of `tokens`."""
+    return (tokens == END) | (tokens == PAD)
+
+
+def allowed(logits: Array, words: Array, block_ngrams: int) -> Array:
     """Logits (images, rows, vocabulary) with what must not come next ruled out.
 
     No caption holds a special word but its end, none is empty, and with `block_ngrams` n no run of n words comes
     twice: a word is ruled out where it would end a run whose first n - 1 words are the last words of the caption.
     """
-    logits = logits.float().clone()
-    logits[..., [PAD, START, UNKNOWN]] = NEVER
+    logits = cast(logits, "float32")
     steps = words.shape[2]
-    if steps == 0:
-        logits[..., END] = NEVER
+    for special in (PAD, START, UNKNOWN) if steps else (PAD, START, UNKNOWN, END):
+        logits[..., special] = NEVER
     if block_ngrams > 0 and steps >= block_ngrams:
-        runs = words.unfold(2, block_ngrams, 1)  # (images, rows, runs, n)
-        last = words[..., steps - block_ngrams + 1 :]
-        repeats = (runs[..., :-1] == last[:, :, None, :]).all(dim=-1) & (runs[..., -1] > UNKNOWN)
+        # `ends` holds the last word of each run of n; it is ruled out where the n - 1 words before it are the latest.
+        ends = words[..., block_ngrams - 1 :]
+        repeats = ends > UNKNOWN
+        for k in range(block_ngrams - 1):
+            latest = words[..., steps - block_ngrams + 1 + k, None]
+            repeats = repeats & (words[..., k : k + ends.shape[-1]] == latest)
         # What would not be a repeat writes to PAD, which is ruled out already.
-        logits.scatter_(2, torch.where(repeats, runs[..., -1], PAD), NEVER)
+        put_along(logits, namespace(words).where(repeats, ends, PAD), NEVER)
     return logits
 
 
-def only_padding_after_the_end(log_probabilities: Tensor, ended: Tensor) -> Tensor:
+def only_padding_after_the_end(log_probabilities: Array, ended: Array) -> Array:
     """A caption that has ended goes on with `PAD` alone, at no cost."""
-    log_probabilities = log_probabilities.masked_fill(ended[..., None], NEVER)
-    log_probabilities[..., PAD] = torch.where(ended, 0.0, log_probabilities[..., PAD])
+    where = namespace(log_probabilities).where
+    log_probabilities = where(ended[..., None], NEVER, log_probabilities)
+    log_probabilities[..., PAD] = where(ended, 0.0, log_probabilities[..., PAD])
     return log_probabilities
 
 
-def nucleus(log_probabilities: Tensor, top_p: float) -> Tensor:
+def nucleus(log_probabilities: Array, top_p: float) -> Array:
     """The distribution cut to the fewest likeliest words that reach `top_p`, and normalised again."""
     if top_p >= 1:
         return log_probabilities
-    ordered, order = log_probabilities.sort(dim=-1, descending=True)
-    reached_before = ordered.exp().cumsum(dim=-1) - ordered.exp()
-    kept = torch.empty_like(reached_before, dtype=torch.bool).scatter_(-1, order, reached_before < top_p)
-    return log_probabilities.masked_fill(~kept, NEVER).log_softmax(dim=-1)
+    xp = namespace(log_probabilities)
+    ordered, order = sort_descending(log_probabilities)
+    probabilities = xp.exp(ordered)
+    reached_before = probabilities.cumsum(axis=-1) - probabilities
+    kept = full(log_probabilities.shape, False, log_probabilities, "bool")
+    put_along(kept, order, reached_before < top_p)
+    return log_softmax(xp.where(kept, log_probabilities, NEVER))
 
 
-def draw(log_probabilities: Tensor, chances: Tensor) -> Tensor:
+def random_numbers(seed: int | None, samples: int, max_length: int) -> np.ndarray:
+    """Those that one image is drawn with, (samples, max_length) in [0, 1); NumPy's, whatever the engine."""
+    return np.random.default_rng(None if seed is None else seed % 2**64).random((samples, max_length))
+
+
+def draw(log_probabilities: Array, chances: Array) -> Array:
     """One word a row by inverting the cumulative distribution at `chances` (images, rows) in [0, 1)."""
-    cumulative = log_probabilities.double().exp().cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, (chances.double() * cumulative[..., -1])[..., None], right=True)
-    return drawn.squeeze(-1).clamp(max=log_probabilities.shape[-1] - 1)
+    # Not in a shorter type, where a chance could round to 1.
+    cumulative = namespace(log_probabilities).exp(cast(log_probabilities, "float64")).cumsum(axis=-1)
+    before = cumulative <= chances[..., None] * cumulative[..., -1:]
+    return before.sum(axis=-1).clip(None, log_probabilities.shape[-1] - 1)
 
 
 def check_lengths(rows: int, name: str, max_length: int) -> None:

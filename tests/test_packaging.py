@@ -14,7 +14,7 @@ from conftest import PHOTOS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["captioner", "captioner-demo", "captioner-train", "captioner-evaluate", "captioner-compare"]
-COMMANDS += ["captioner-prepare"]
+COMMANDS += ["captioner-prepare", "captioner-export"]
 INSTALLED = {"captioner": "captioner", "app": "captioner_app", "training": "captioner_training"}
 
 
@@ -112,6 +112,37 @@ for command in commands:
 def test_the_installed_command_captions_a_photo(installed):
     caption = run(installed, installed / "bin" / "captioner", PHOTOS / "cat.jpg")
     assert caption == "a close up of a cat looking at the camera\n"
+
+
+def test_the_package_captions_and_draws_in_an_environment_without_torch(wheel, tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    programs = tmp_path / "venv" / "bin"
+    done = subprocess.run([programs / "pip", "install", "--quiet", wheel], capture_output=True, text=True)
+    if "No matching distribution" in done.stderr:
+        pytest.skip("pip finds no packages here")
+    assert done.returncode == 0, done.stderr
+    script = f"""
+import importlib.util, sys
+from captioner import Captioner
+from captioner.explain import explain
+assert importlib.util.find_spec("torch") is None
+model = Captioner.from_pretrained()
+result = model.caption({str(PHOTOS / "cat.jpg")!r}, keep_annotations=True)
+result.heatmap("cat").save("cat.png")
+result.figure().save("figure.png")
+print(result, len(explain(model, result)), model.teacher_forced(result.image, "a cat").words, sep="\\n")
+try:
+    Captioner.from_pretrained(engine="torch")
+except ImportError as error:
+    print(error)
+"""
+    found = run(tmp_path / "none", programs / "python", "-c", script).splitlines()
+    assert found[:3] == ["a close up of a cat looking at the camera", "10", "('a', 'cat')"]
+    assert "pip install 'captioner[torch]'" in found[3]
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"cat.png", "figure.png"}
+    caption = run(tmp_path / "none", programs / "captioner", PHOTOS / "cat.jpg", "--heatmaps", "maps")
+    assert caption == "a close up of a cat looking at the camera\n"
+    assert (tmp_path / "elsewhere" / "maps" / "cat.jpg.png").is_file()
 
 
 def test_the_installed_modules_import_nothing_from_a_checkout(installed):

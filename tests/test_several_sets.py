@@ -11,6 +11,7 @@ from test_training import assert_same_run, losses
 
 from captioner import Captioner
 from captioner.network.decoder import TeacherForced
+from training import self_critical, trainer
 from training.data.batches import EpochBatches
 from training.data.images import FeatureSource
 from training.losses import caption_loss
@@ -61,16 +62,14 @@ def test_words_of_all_sets_are_known(run):
 
 
 def test_self_critical_training_counts_documents_in_the_training_captions_of_all_sets(options, tmp_path, monkeypatch):
-    from training import trainer
-
     made = []
 
-    class Kept(trainer.CiderD):
+    class Kept(self_critical.CiderD):
         def __init__(self, corpus):
             super().__init__(corpus)
             made.append(self)
 
-    monkeypatch.setattr(trainer, "CiderD", Kept)
+    monkeypatch.setattr(self_critical, "CiderD", Kept)
     stages = (
         "--language-epochs 0 --epochs 0 --finetune-epochs 0 --scst-epochs 1 --scst-samples 2 --max-length 8".split()
     )
@@ -84,8 +83,6 @@ def test_self_critical_training_counts_documents_in_the_training_captions_of_all
 
 @pytest.mark.parametrize("stop", [2, 6, 9])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(options, run, tmp_path, stop, monkeypatch):
-    from training import trainer
-
     flags = [*options, *STAGES, "--output", str(tmp_path / "run"), "--resume"]
     step, steps = trainer.Trainer.step, []
 

@@ -17,7 +17,8 @@ COLOURS = ["red", "green", "blue", "yellow", "white", "black"]
 SHAPES = ["circle", "square"]
 # Every flag that makes training small.
 SMALL = """--image-size 64 --grid 2 --annotation-size 16 --embedding-size 16 --hidden-size 16
---attention-size 16 --minimum-count 1 --batch-size 5 --warmup-steps 2 --monitor-beam 1 --device cpu""".split()
+--attention-size 16 --minimum-count 1 --batch-size 5 --warmup-steps 2 --monitor-beam 1 --device cpu
+--no-export""".split()
 
 
 def draw(root: Path, train: int = 12, dev: int = 6) -> Path:

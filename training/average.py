@@ -36,7 +36,7 @@ def average(models: Sequence[Checkpoint]) -> Checkpoint:
     }
     first.model.load_state_dict(mean)
     about = {"mean of": [checkpoint.about for checkpoint in models]}
-    return Checkpoint(first.model, first.vocabulary, first.preprocessing, about)
+    return Checkpoint(first.model, first.vocabulary, first.preprocessing, about, first.graphs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -264,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures there")
     options = parser.parse_args(arguments)
     try:
-        captioner = Captioner.from_pretrained(options.model, options.device)
+        captioner = Captioner.from_pretrained(options.model, options.device, engine="torch")
         figures = benchmark(captioner, options.images, repeats=options.repeats)
         if options.photographs:
             figures |= stream_benchmark(captioner, options.photographs, repeats=options.repeats)

@@ -35,11 +35,11 @@ from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
 from .distributed import Distributed, distributed
 from .evaluation import evaluate
+from .interruption import Interrupted
 from .metrics import mean_of_each
 from .scorers import NEED_JAVA
 from .state import TrainingError
 from .train import train
-from .trainer import Interrupted
 
 log = logging.getLogger("training")
 
@@ -130,7 +130,7 @@ def measure(config: TrainConfig) -> dict[str, float]:
     Scores and entropy are means over the data sets that have dev images; where there are several, the scores on each
     of them follow as "NAME CIDEr".
     """
-    captioner = Captioner.from_pretrained(config.output, "auto" if config.device == "auto" else config.device)
+    captioner = Captioner.from_pretrained(config.output, config.device, engine="torch")
     dev = {dataset.name: dataset.splits["dev"] for dataset in read_sources(config.data) if dataset.splits["dev"]}
     evaluations = {name: evaluate(captioner, items, beam_size=5) for name, items in dev.items()}
     left_out = {metric: why for one in evaluations.values() for metric, why in one.scores.left_out.items()}

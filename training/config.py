@@ -141,6 +141,7 @@ class TrainConfig:
     precision: str = option(
         "auto", "floating-point type in training; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16")
     )
+    export: bool = option(True, "keep models with the graphs that ONNX Runtime captions with, where onnx is installed")
     compile: bool = option(False, "compile the encoder with torch.compile, for long runs")
     workers: int = option(2, "processes that load images in stage two; 0: none")
     checkpoint_every: int = option(500, "steps between checkpoints within an epoch; one follows every epoch")

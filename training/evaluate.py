@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
         "model": str(options.model),
         "data": list(sets),
         "split": options.split,
-        "options": {"batch_size": options.batch_size, "device": str(captioner.model.device), **search},
+        "options": {"batch_size": options.batch_size, "device": captioner.engine.device, **search},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "pycocoevalcap")}},
         "pointing": pointing,
         "evaluations": [evaluations_json(evaluations) for evaluations in beams],

@@ -46,7 +46,7 @@ def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) 
 
     Args:
         output: the model's output for the generated captions. Special words are excluded from its probabilities,
-            as in search. The probability of regions that `hard` attention sampled is part of the caption's.
+            as in search. The probability of regions that attention drew is part of the caption's.
         advantage: (images, rows), each caption's reward minus its baseline.
         captions: captions in the whole batch, over all processes.
     """

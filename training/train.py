@@ -26,9 +26,10 @@ from .data.features import readable
 from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
 from .distributed import Distributed, distributed
+from .interruption import Interrupted
 from .stages import plan
 from .state import TrainingError
-from .trainer import Interrupted, Trainer
+from .trainer import Trainer
 from .words import tokenize
 
 log = logging.getLogger("training")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import ModelConfig
+from captioner.engine import Step
 from captioner.network.attention import Attended, build_attention
 from captioner.vocabulary import PAD
 
@@ -28,25 +29,6 @@ class State(NamedTuple):
 
     hidden: Tensor
     cell: Tensor
-
-
-class Step(NamedTuple):
-    """The result of one step.
-
-    logits: (images, rows, vocabulary), scores of the next word before softmax.
-    state: the state after it, a named tuple of tensors (images, rows, ...).
-    alpha: (images, rows, heads, regions), the attention weights; they sum to 1 over the regions.
-    beta: (images, rows), the gate of the context vector, 0 to 1; None where there is no such gate.
-    drawn: (images, rows, layers), the region that each layer's attention drew; see `Attended`.
-    scores: (images, rows, regions), the attention scores before softmax; see `Attended`.
-    """
-
-    logits: Tensor
-    state: Any
-    alpha: Tensor
-    beta: Tensor | None = None
-    drawn: Tensor | None = None
-    scores: Tensor | None = None
 
 
 class TeacherForced(NamedTuple):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from captioner.config import ModelConfig
+from captioner.engine import Step
 from captioner.network.attention import Attended, Attention, build_attention, merge_heads, split_heads
-from captioner.network.decoder import Memory, Step, TeacherForced
+from captioner.network.decoder import Memory, TeacherForced
 from captioner.vocabulary import PAD
 
 

@@ -74,7 +74,7 @@ def cached_maps(
     device = next(encoder.parameters()).device
 
     def compute(images: list[Image.Image]) -> np.ndarray:
-        pixels = preprocessing(images).to(device)
+        pixels = torch.from_numpy(preprocessing(images)).to(device)
         maps = encoder.lower(pixels).permute(0, 2, 3, 1) if below else encoder(pixels)
         return maps.half().cpu().numpy()
 

@@ -87,7 +87,7 @@ class ImageSource:
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         """Normalised images, (batch, 3, rows, columns)."""
-        return self.preprocessing([self.one(index, epoch) for index in indices])
+        return torch.from_numpy(self.preprocessing([self.one(index, epoch) for index in indices]))
 
     def one(self, index: int, epoch: int) -> Image.Image:
         """One image, augmented if this source augments."""

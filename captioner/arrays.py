@@ -1,0 +1,103 @@
+"""The functions that NumPy and torch call by different names, for code that is written once for the arrays of both.
+
+Everything else such code needs is the same in both libraries: operators, slices, `array.sum(axis=...)`, and the
+functions of `namespace(array)`. Torch is never imported here: an array of torch's comes with it.
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = Any  # a NumPy array or a torch tensor
+
+
+def namespace(array: Array) -> Any:
+    """The module that the array comes from, `numpy` or `torch`."""
+    return np if isinstance(array, np.ndarray) else sys.modules["torch"]
+
+
+def is_tensor(value: object) -> bool:
+    """Whether a value is a torch tensor; none is where nobody has imported torch."""
+    return isinstance(value, getattr(sys.modules.get("torch"), "Tensor", ()))
+
+
+def full(shape: Sequence[int], value: float, like: Array, kind: str = "float32") -> Array:
+    """An array of one value, of the library and on the device of `like`; `kind` is the name of its type."""
+    if isinstance(like, np.ndarray):
+        return np.full(shape, value, dtype=kind)
+    torch = namespace(like)
+    return torch.full(tuple(shape), value, dtype=getattr(torch, kind), device=like.device)
+
+
+def moved(values: np.ndarray, like: Array) -> Array:
+    """A NumPy array as one of the library and on the device of `like`."""
+    return values if isinstance(like, np.ndarray) else namespace(like).from_numpy(values).to(like.device)
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """Any array as a NumPy array, floats in float32 at least."""
+    if isinstance(array, np.ndarray):
+        return array
+    array = array.detach().cpu()
+    return (array.float() if array.is_floating_point() and array.itemsize < 4 else array).numpy()
+
+
+def cast(array: Array, kind: str) -> Array:
+    """A copy in the type of that name, such as "float32"."""
+    return array.astype(kind) if isinstance(array, np.ndarray) else array.to(getattr(namespace(array), kind), copy=True)
+
+
+def gather_rows(array: Array, rows: Array) -> Array:
+    """Array (images, rows, ...) -> the rows named for each image by `rows` (images, new rows)."""
+    images = full((rows.shape[0], 1), 1, rows, "int64").cumsum(axis=0) - 1
+    return array[images, rows]
+
+
+def take_along(array: Array, indices: Array) -> Array:
+    """The elements of the last axis that `indices` names, which has the array's other axes."""
+    if isinstance(array, np.ndarray):
+        return np.take_along_axis(array, indices, axis=-1)
+    return array.gather(-1, indices)
+
+
+def put_along(array: Array, indices: Array, values: Array | float) -> None:
+    """Set the elements of the last axis that `indices` names, in place."""
+    if isinstance(array, np.ndarray):
+        np.put_along_axis(array, indices, values, axis=-1)
+    else:
+        array.scatter_(-1, indices, values)
+
+
+def top(array: Array, count: int) -> tuple[Array, Array]:
+    """The `count` largest elements of the last axis, the largest first, and where they stand."""
+    if not isinstance(array, np.ndarray):
+        return array.topk(count, dim=-1)
+    some = np.argpartition(array, -count, axis=-1)[..., -count:]
+    order = np.argsort(-np.take_along_axis(array, some, axis=-1), axis=-1, kind="stable")
+    best = np.take_along_axis(some, order, axis=-1)
+    return np.take_along_axis(array, best, axis=-1), best
+
+
+def sort_descending(array: Array) -> tuple[Array, Array]:
+    """The elements of the last axis, the largest first and equal ones in their order, and where they stood."""
+    if not isinstance(array, np.ndarray):
+        return array.sort(dim=-1, descending=True, stable=True)
+    order = np.argsort(-array, axis=-1, kind="stable")
+    return np.take_along_axis(array, order, axis=-1), order
+
+
+def log_softmax(array: Array) -> Array:
+    """Log-probabilities over the last axis."""
+    if not isinstance(array, np.ndarray):
+        return array.log_softmax(dim=-1)
+    shifted = array - array.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted
+
+
+def without_gradients(array: Array) -> contextlib.AbstractContextManager[Any]:
+    """A block in which torch records nothing for gradients, where the array is torch's."""
+    return contextlib.nullcontext() if isinstance(array, np.ndarray) else namespace(array).inference_mode()
