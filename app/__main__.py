@@ -34,7 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = by_display_name(options.model)
         models = {shown: Captioner.from_pretrained(model, options.device) for shown, model in named.items()}
         auth = Passwords.read(options.auth_file) if options.auth_file else None
-        server = create(models, auth, options.max_upload_mb, options.concurrency, options.queue, options.root_path)
+        server = create(
+            models,
+            auth,
+            options.max_upload_mb,
+            options.concurrency,
+            options.queue,
+            options.root_path,
+            max_disk_mb=options.max_disk_mb,
+        )
     except (CheckpointError, ValueError, OSError) as error:
         print(f"{command()}: {error}", file=sys.stderr)
         return 1
@@ -81,6 +89,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="ask for NAME's password, print the line for --auth-file with its hash, and exit",
     )
     parser.add_argument("--max-upload-mb", type=positive, default=20, metavar="N", help="larger files are refused")
+    parser.add_argument(
+        "--max-disk-mb",
+        type=positive,
+        default=2000,
+        metavar="N",
+        help="size of all uploads and downloads; beyond it the oldest are deleted",
+    )
     parser.add_argument("--concurrency", type=positive, default=1, metavar="N", help="batches at the same time")
     parser.add_argument("--queue", type=positive, default=64, metavar="N", help="requests that may wait")
     parser.add_argument("--root-path", default="", metavar="PATH", help="the page's path behind a reverse proxy")

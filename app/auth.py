@@ -1,4 +1,4 @@
-"""Who may enter: a file with a line NAME:PASSWORD for each, where a hash may stand for the password."""
+"""Logins: a file with a line NAME:PASSWORD for each person, where a hash may replace the password."""
 
 import asyncio
 import base64
@@ -22,15 +22,15 @@ class Passwords:
         passwords: by name, each as text or as a hash that `hash_password` made.
 
     Raises:
-        ValueError: a hash is not whole.
+        ValueError: a hash is malformed.
     """
 
     def __init__(self, passwords: dict[str, str]) -> None:
-        # Everybody's is a hash, a stranger's too, so that the time of an answer does not tell who has an account.
+        # A hash is compared for unknown names too, so that response times do not reveal which names exist.
         self.hashes = {
             name: text if text.startswith(PREFIX) else hash_password(text) for name, text in passwords.items()
         }
-        self.stranger = hash_password(secrets.token_hex())
+        self.unknown = hash_password(secrets.token_hex())
         for text in self.hashes.values():
             parse_hash(text)
         self.lock = asyncio.Lock()
@@ -63,18 +63,18 @@ class Passwords:
         return cls(passwords)
 
     def matches(self, name: str, password: str) -> bool:
-        """Whether that is the password of that name."""
-        fits = matches(password, self.hashes.get(name, self.stranger))
+        """Whether the password is that of the name."""
+        fits = matches(password, self.hashes.get(name, self.unknown))
         return fits and name in self.hashes
 
     async def check(self, name: str, password: str) -> bool:
-        """As `matches`, while the server goes on; one at a time, so that many attempts take no more memory than one."""
+        """As `matches`, without blocking the event loop. One check at a time, so attempts cannot fill the memory."""
         async with self.lock:
             return await asyncio.to_thread(self.matches, name, password)
 
 
 def hash_password(password: str) -> str:
-    """Text by which the password can be checked, but not found: scrypt$n$r$p$salt$key, the last two in base64."""
+    """The scrypt hash of a password as text: scrypt$n$r$p$salt$key, with salt and key in base64."""
     salt = secrets.token_bytes(16)
     key = derive(password, salt, BLOCKS, BLOCK_SIZE, PARALLEL)
     encoded = (base64.b64encode(part).decode() for part in (salt, key))
@@ -82,13 +82,13 @@ def hash_password(password: str) -> str:
 
 
 def matches(password: str, text: str) -> bool:
-    """Whether the hash is that of the password; the comparison takes as long for all passwords."""
+    """Whether the hash is that of the password, compared in constant time."""
     *cost, salt, key = parse_hash(text)
     return hmac.compare_digest(derive(password, salt, *cost), key)
 
 
 def parse_hash(text: str) -> tuple[int, int, int, bytes, bytes]:
-    """scrypt's n, r and p, the salt and the key in a hash. Raises ValueError where it is not whole."""
+    """scrypt's n, r and p, the salt and the key in a hash. Raises ValueError if it is malformed."""
     try:
         blocks, size, parallel, salt, key = text.removeprefix(PREFIX).split("$")
         n, r, p = int(blocks), int(size), int(parallel)
@@ -108,10 +108,10 @@ def derive(password: str, salt: bytes, n: int, r: int, p: int) -> bytes:
 
 
 def ask_password(name: str) -> str:
-    """A line for the file of passwords; the password is typed twice, or comes from standard input where that is a file.
+    """A line for the file of passwords. The password is typed twice, or read from standard input if it is no terminal.
 
     Raises:
-        ValueError: the name or the password cannot be used, or the two do not agree.
+        ValueError: the name or the password is not allowed, or the two passwords differ.
     """
     if not name.strip() or ":" in name or name.startswith("#"):
         raise ValueError(f"a name must have a letter, no colon, and no # at its start, unlike {name!r}")

@@ -1,9 +1,9 @@
-"""How the server does under load: `python -m app.benchmark --clients 1 8 32`.
+"""Measure the server under load: `python -m app.benchmark --clients 1 8 32`.
 
-Starts the server on a free port in a process of its own, lets so many clients send photographs one after another,
-and prints captions a second, waiting times, and the server's memory before and after.
+Starts the server in a process of its own. For each number of clients, that many send photos at the same time; captions
+per second, response times and the server's memory are printed.
 
-`--soak 2000` sends so many requests of which a quarter are bad and some are broken off, and checks every answer.
+`--soak 2000` instead sends 2,000 requests, a quarter of them bad and a tenth interrupted, and checks every answer.
 """
 
 import argparse
@@ -38,13 +38,13 @@ SAMPLES = Path(__file__).parent / "assets" / "samples"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line."""
+    """Run the command. Returns the exit status: 0 done, 1 a wrong answer."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}.benchmark", description="Load a server, and measure."
     )
     parser.add_argument("--clients", type=positive, nargs="+", default=[1, 8, 32], help="clients at the same time")
-    parser.add_argument("--requests", type=positive, default=64, help="photographs sent for each number of clients")
-    parser.add_argument("--endurance", type=int, default=0, help="then send so many more and look at the memory")
+    parser.add_argument("--requests", type=positive, default=64, help="photos sent for each number of clients")
+    parser.add_argument("--endurance", type=int, default=0, metavar="N", help="then send N more and print the memory")
     parser.add_argument(
         "--soak", type=positive, metavar="N", help="instead send N good and bad requests, and check them"
     )
@@ -63,8 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.soak:
             captioner = Captioner.from_pretrained(options.model)
             return 0 if soak_table(url, captioner, folder, options.clients[-1], options.soak, server.pid) else 1
-        load(url, photos, 2, 8)  # not counted: the first ones warm up
-        print("| clients | captions a second | median wait, s | longest wait, s | memory, MB |\n|--:|--:|--:|--:|--:|")
+        load(url, photos, 2, 8)  # not counted: the first requests are slower
+        print(
+            "| clients | captions per second | median wait, s | longest wait, s | memory, MB |\n|--:|--:|--:|--:|--:|"
+        )
         for clients in options.clients:
             rate, waits = load(url, photos, clients, max(options.requests, 2 * clients))
             cells = (clients, f"{rate:.1f}", f"{statistics.median(waits):.2f}", f"{max(waits):.2f}", memory(server.pid))
@@ -80,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Return when the server answers. Raises RuntimeError where it has ended."""
+    """Return when the server answers. Raises RuntimeError if its process ended."""
     while server.poll() is None:
         try:
             urllib.request.urlopen(f"{url}/health").close()
@@ -91,7 +93,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def draw_photos(folder: Path, count: int) -> list[Path]:
-    """Photographs that all differ, cut from the samples."""
+    """Different photos, cropped from the samples."""
     paths = []
     for number in range(count):
         samples = sorted(SAMPLES.glob("*.jpg"))
@@ -102,7 +104,7 @@ def draw_photos(folder: Path, count: int) -> list[Path]:
 
 
 def load(url: str, photos: Sequence[Path], clients: int, requests: int) -> tuple[float, list[float]]:
-    """Captions a second, and the seconds that each request took, its upload included."""
+    """Captions per second, and the seconds that each request took, its upload included."""
     from gradio_client import Client, handle_file
 
     own = threading.local()
@@ -119,7 +121,7 @@ def load(url: str, photos: Sequence[Path], clients: int, requests: int) -> tuple
 
     with ThreadPoolExecutor(clients, initializer=connect) as people:
         barrier = threading.Barrier(clients)
-        list(people.map(lambda _: barrier.wait(), range(clients)))  # everybody is connected before the clock starts
+        list(people.map(lambda _: barrier.wait(), range(clients)))  # all clients are connected before the time is taken
         started = time.perf_counter()
         waits = list(people.map(ask, range(requests)))
         return requests / (time.perf_counter() - started), waits
@@ -127,10 +129,10 @@ def load(url: str, photos: Sequence[Path], clients: int, requests: int) -> tuple
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One kind of request and what its answer should be.
+    """One kind of request and the answer that is expected.
 
-    photo: a file to upload first, or what the request names in its place.
-    settings: what differs from the defaults, by the position of the value.
+    photo: a file to upload first, or the value that is sent in place of one.
+    settings: the values that differ from the defaults, by position.
     expected: part of the error, or the caption and its log-probability.
     """
 
@@ -141,7 +143,7 @@ class Case:
 
 
 def good_cases(captioner: Captioner, photos: Sequence[Path]) -> list[Case]:
-    """Photographs, each with the caption that the library gives."""
+    """Photos, each with the caption of the library."""
     captions = [captioner.caption(photo, beam_size=3) for photo in photos]
     return [
         Case("good", photo, (str(caption), caption.log_probability), ((2, 3),))
@@ -150,7 +152,7 @@ def good_cases(captioner: Captioner, photos: Sequence[Path]) -> list[Case]:
 
 
 def bad_cases(folder: Path, photo: Path) -> list[Case]:
-    """Requests that get a sentence. Files for them are written to `folder`."""
+    """Requests whose answer is an error. Their files are written to `folder`."""
     files = {name: folder / name for name in ("damaged.jpg", "huge.png", "text.jpg", "empty.jpg", "heavy.jpg")}
     files["damaged.jpg"].write_bytes(photo.read_bytes()[: photo.stat().st_size // 2])
     Image.new("1", (20000, 10000)).save(files["huge.png"])
@@ -181,10 +183,10 @@ def bad_cases(folder: Path, photo: Path) -> list[Case]:
 def soak(
     url: str, good: Sequence[Case], bad: Sequence[Case], clients: int, requests: int, seed: int = 0
 ) -> Counter[str]:
-    """Send requests of which a quarter are bad and each tenth is broken off. Returns how many there were of each kind.
+    """Send requests, of which a quarter are bad and a tenth are interrupted. Returns the number of each kind.
 
     Raises:
-        AssertionError: an answer is not what it should be.
+        AssertionError: an answer is not the expected one.
     """
     chance = random.Random(seed)
     order = [chance.choice(bad) if number % 4 == 3 else chance.choice(good) for number in range(requests)]
@@ -200,7 +202,7 @@ def soak(
         else:
             assert "caption" in answer, f"{case.name}: {answer}"
             text, log_probability = case.expected
-            # Another batch adds in another order; captions that are equally likely may change places.
+            # Sums in another batch differ in the last digits, so captions that are equally likely may change places.
             same = answer["caption"] == text or abs(answer["log_probability"] - log_probability) < 1e-4
             assert same, f"{answer['caption']} is not {text}"
         return case.name
@@ -210,7 +212,7 @@ def soak(
 
 
 def ask(url: str, case: Case) -> dict[str, Any]:
-    """The answer to a request over plain HTTP: a caption as data, or an error."""
+    """The answer to a request over plain HTTP: a caption as JSON, or an error."""
     try:
         photo = upload(url, case.photo) if isinstance(case.photo, Path) else case.photo
         return call(url, photo, *case.settings)
@@ -220,21 +222,21 @@ def ask(url: str, case: Case) -> dict[str, Any]:
 
 
 def upload(url: str, path: Path) -> dict[str, Any]:
-    """Send a file; how requests name it from then on."""
+    """Upload a file. Returns the value by which requests name it."""
     request = urllib.request.Request(f"{url}/gradio_api/upload", *form(path))
     with urllib.request.urlopen(request, timeout=120) as answer:
         return {"path": json.load(answer)[0], "meta": {"_type": "gradio.FileData"}}
 
 
 def form(path: Path) -> tuple[bytes, dict[str, str]]:
-    """A file as the body of a POST, and the headers."""
+    """Body and headers of a POST request that uploads a file."""
     head = f'--captioner\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'
     body = head.encode() + path.read_bytes() + b"\r\n--captioner--\r\n"
     return body, {"Content-Type": "multipart/form-data; boundary=captioner"}
 
 
 def call(url: str, photo: Any, *settings: tuple[int, Any]) -> dict[str, Any]:
-    """What /caption says of an uploaded photo; `...` for a value leaves it out."""
+    """The answer of /caption for an uploaded photo. A value of `...` is left out."""
     with urllib.request.urlopen(f"{url}/gradio_api/call/caption/{start(url, photo, *settings)}", timeout=120) as answer:
         event, data = answer.read().decode().strip().splitlines()[-2:]
     values = json.loads(data.removeprefix("data: "))
@@ -242,7 +244,7 @@ def call(url: str, photo: Any, *settings: tuple[int, Any]) -> dict[str, Any]:
 
 
 def start(url: str, photo: Any, *settings: tuple[int, Any]) -> str:
-    """Put a request into the queue; by what name its answer can be asked for."""
+    """Put a request into the queue. Returns the id of its answer."""
     values = [photo, "", 5, 1, 22, False, 1.0, 0.9, 0]
     for place, value in settings:
         values[place] = value
@@ -253,7 +255,7 @@ def start(url: str, photo: Any, *settings: tuple[int, Any]) -> str:
 
 
 def break_off(url: str, case: Case) -> None:
-    """Go away in the middle of the upload, or while the answer is awaited."""
+    """Disconnect in the middle of the upload, or while waiting for the answer."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
     try:
         if isinstance(case.expected, str) and isinstance(case.photo, Path):
@@ -274,10 +276,10 @@ def break_off(url: str, case: Case) -> None:
 
 
 class HealthWatch(threading.Thread):
-    """Asks for /health five times a second, as long as the block lasts.
+    """Requests /health five times a second inside a `with` block.
 
-    asked: how often it asked.
-    longest: seconds that the slowest answer took.
+    asked: number of requests.
+    longest: seconds of the slowest answer.
     """
 
     def __init__(self, url: str) -> None:
@@ -286,7 +288,7 @@ class HealthWatch(threading.Thread):
         self.asked, self.longest = 0, 0.0
 
     def run(self) -> None:
-        """Ask until the block ends."""
+        """Send requests until the block ends."""
         while not self.ended.wait(0.2):
             started = time.perf_counter()
             urllib.request.urlopen(f"{self.url}/health", timeout=60).close()
@@ -303,7 +305,7 @@ class HealthWatch(threading.Thread):
 
 
 def soak_table(url: str, captioner: Captioner, folder: Path, clients: int, requests: int, process: int) -> bool:
-    """Send the requests in ten parts and print memory and threads after each. Returns whether all went well."""
+    """Send the requests in ten parts and print memory and threads after each. Returns whether all were right."""
     photos = draw_photos(folder, 32)
     good, bad = good_cases(captioner, photos), bad_cases(folder, photos[0])
     done: Counter[str] = Counter()
@@ -317,23 +319,23 @@ def soak_table(url: str, captioner: Captioner, folder: Path, clients: int, reque
     except AssertionError as error:
         print(f"wrong: {error}")
         return False
-    time.sleep(15)  # threads that nobody needs end after ten seconds
+    time.sleep(15)  # idle threads end after ten seconds
     print(f"after a pause: {memory(process)} MB, {threads(process)} threads")
     print(", ".join(f"{name}: {count}" for name, count in sorted(done.items())))
     return True
 
 
 def threads(process: int) -> int:
-    """How many threads a process has, as Linux tells it."""
+    """Number of threads of a process, from Linux's /proc."""
     return len(list(Path(f"/proc/{process}/task").iterdir()))
 
 
 def memory(process: int) -> int:
-    """Resident memory of a process in megabytes, as Linux tells it."""
+    """Resident memory of a process in megabytes, from Linux's /proc."""
     for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return round(int(line.split()[1]) / 1024)
-    raise RuntimeError("this system does not tell a process's memory")
+    raise RuntimeError("/proc has no memory of the process")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ class Handlers:
 
     def __init__(self, service: Service) -> None:
         self.service = service
+        # The pictures, with their captions, that each running request of the second tab shows.
+        self.galleries: dict[int, list[tuple[str, str]]] = {}
+
+    def pictures_in_use(self) -> list[str]:
+        """The files of these pictures; every update of a gallery reads them again."""
+        return [path for gallery in list(self.galleries.values()) for path, _ in list(gallery)]
 
     def chosen_models(self, chosen: Any) -> list[Any]:
         """The models that were chosen, each once, or else the first. An unknown name stays, and is refused later."""
@@ -78,13 +84,23 @@ class Handlers:
             The gallery, the table and the three downloads, after every STEP photos; the downloads come last.
         """
         checked, how = self.check_many(paths, chosen, settings)
+        pictures: list[tuple[str, str]] = []
+        self.galleries[id(pictures)] = pictures
+        try:
+            yield from self.caption_many(checked, how, pictures, progress)
+        finally:
+            del self.galleries[id(pictures)]
+
+    def caption_many(
+        self, paths: list[Any], settings: Settings, pictures: list[tuple[str, str]], progress: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """As `show_many`; the pictures of the gallery are added to `pictures`."""
         answers: list[dict[str, Any]] = []
         captions: list[tuple[str, Caption]] = []
-        pictures: list[tuple[str, str]] = []
-        for first in range(0, len(checked), STEP):
-            progress((first, len(checked)), desc="Captioning", unit="photos")
-            part = checked[first : first + STEP]
-            for path, one in zip(part, self.service.answer([(path, how) for path in part]), strict=True):
+        for first in range(0, len(paths), STEP):
+            progress((first, len(paths)), desc="Captioning", unit="photos")
+            part = paths[first : first + STEP]
+            for path, one in zip(part, self.service.answer([(path, settings) for path in part]), strict=True):
                 name = file_name(path)
                 if isinstance(one, str):
                     answers.append({"file": name, "error": one})

@@ -11,7 +11,6 @@ from captioner.heatmap import ANCHORS, colour_table
 from .guard import Page
 from .handlers import BATCH, Handlers
 from .rendering import MAP_SIZE
-from .service import Service
 
 ASSETS = Path(__file__).parent / "assets"
 SAMPLES = ("photographer.jpg", "astronaut.jpg", "cat.jpg", "coffee.jpg", "raccoon.jpg", "rocket.jpg")
@@ -28,24 +27,23 @@ THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monos
 
 
 def build(
-    service: Service, samples: Path | None = None, concurrency: int = 1, keep_seconds: int = KEEP_SECONDS
+    handlers: Handlers, samples: Path | None = None, concurrency: int = 1, keep_seconds: int = KEEP_SECONDS
 ) -> Page:
-    """The page of a service.
+    """The page of a server.
 
     Args:
-        service: the models.
+        handlers: what its events call.
         samples: folder of sample photos, which get a button each.
         concurrency: batches that are captioned at the same time.
         keep_seconds: age in seconds at which uploads and downloads are deleted.
     """
-    handlers = Handlers(service)
     with Page(
         title="captioner", analytics_enabled=False, delete_cache=(max(1, keep_seconds // 4), keep_seconds)
     ) as page:
         gr.Markdown("# captioner\nA caption for a photo and, for every word, the regions that the network attended to.")
         with gr.Tabs():
             with gr.Tab("One photo"):
-                one = one_photo(list(service.models), samples)
+                one = one_photo(list(handlers.service.models), samples)
             with gr.Tab("Many photos"):
                 many = many_photos()
             with gr.Tab("How it works"):

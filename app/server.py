@@ -20,8 +20,10 @@ from captioner import Captioner
 
 from .auth import Passwords
 from .guard import Gate, Page
+from .handlers import Handlers
 from .page import CSS, KEEP_SECONDS, THEME, build
 from .service import Service
+from .uploads import Uploads
 
 SAMPLES = Path(__file__).parent / "assets" / "samples"
 FAVICON = Path(__file__).parent / "assets" / "favicon.svg"
@@ -38,6 +40,7 @@ def create(
     queue: int = 64,
     root_path: str = "",
     keep_seconds: int = KEEP_SECONDS,
+    max_disk_mb: int = 2000,
 ) -> FastAPI:
     """The web application, to be served by uvicorn.
 
@@ -49,6 +52,7 @@ def create(
         queue: requests that may wait; with a full queue further ones are refused.
         root_path: the page's path behind a reverse proxy.
         keep_seconds: age in seconds at which uploads and downloads are deleted.
+        max_disk_mb: size of all uploads and downloads beyond which the oldest are deleted.
     """
     with contextlib.suppress(ImportError):
         # Gradio imports it at the first request, and would answer nobody else meanwhile.
@@ -57,7 +61,7 @@ def create(
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(sweep(Path(get_upload_folder()), keep_seconds))
+        sweeping = asyncio.create_task(uploads.sweep())
         yield
         sweeping.cancel()
         service.close()
@@ -71,13 +75,18 @@ def create(
 
     # Gradio's statistics, which are not shown here, grow with every request and are computed anew after each.
     os.environ |= {"GRADIO_ANALYTICS_MAX_EVENTS": "1", "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9)}
-    page = build(service, SAMPLES, concurrency, keep_seconds)
+    handlers = Handlers(service)
+    page = build(handlers, SAMPLES, concurrency, keep_seconds)
+    folder = Path(get_upload_folder())
+    uploads = Uploads(folder, page, handlers.pictures_in_use, max_disk_mb * 1024 * 1024, keep_seconds)
     page.queue(max_size=queue, default_concurrency_limit=concurrency, api_open=False)
-    mount(server, page, auth, max_upload_mb, root_path)
+    mount(server, page, uploads, auth, max_upload_mb, root_path)
     return server
 
 
-def mount(server: FastAPI, page: Page, auth: Passwords | None, max_upload_mb: int, root_path: str) -> None:
+def mount(
+    server: FastAPI, page: Page, uploads: Uploads, auth: Passwords | None, max_upload_mb: int, root_path: str
+) -> None:
     """Serve the page at the root of the server, behind the Gate; for the arguments see `create`."""
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # or clients could have the server write to the Hub
     page.has_launched = True  # as Blocks.launch() sets it; only then does Gradio refuse paths that were not uploaded
@@ -98,7 +107,7 @@ def mount(server: FastAPI, page: Page, auth: Passwords | None, max_upload_mb: in
         footer_links=["api"],
     )
     server.state.page, server.state.gradio = page, next(one.app for one in server.routes if isinstance(one, Mount))
-    server.add_middleware(Gate, page=page, gradio=server.state.gradio)
+    server.add_middleware(Gate, page=page, gradio=server.state.gradio, uploads=uploads)
 
 
 class Server(uvicorn.Server):
@@ -130,13 +139,3 @@ async def drain(page: gr.Blocks, seconds: float) -> None:
         queue.send_message(event, ProcessCompletedMessage(output={"error": STOPPED}, success=False))
     await asyncio.sleep(0.2)  # until the answers are sent
     queue.close()
-
-
-async def sweep(folder: Path, keep_seconds: float) -> None:
-    """Delete the remains of interrupted uploads; Gradio deletes only completed ones."""
-    while True:
-        await asyncio.sleep(max(1, keep_seconds / 4))
-        for file in folder.glob("tmp*"):
-            with contextlib.suppress(OSError):
-                if file.is_file() and time.time() - file.stat().st_mtime > keep_seconds:
-                    file.unlink()

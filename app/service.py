@@ -1,4 +1,4 @@
-"""What the page and the API ask for: captions of files as plain data, and errors as sentences for people."""
+"""Captions for the page and the API: settings that are checked, batches, and errors as sentences for people."""
 
 import ctypes
 import dataclasses
@@ -28,8 +28,9 @@ class Settings:
     """How to caption. Requests with the same settings are captioned in one batch.
 
     model: a name of `Service.models`; empty for the first.
-    beam_size, captions, max_length: see `Captioner.caption`; captions counts the best one too.
-    temperature, top_p, seed: used where `sampling` is set.
+    beam_size, max_length: see `Captioner.caption`.
+    captions: number of captions, the best one included.
+    temperature, top_p, seed: see `Captioner.caption`; used only with `sampling`.
     """
 
     model: str = ""
@@ -50,9 +51,9 @@ class Settings:
 
 
 class Refused(ValueError):
-    """A request that cannot be answered; the message is a sentence for the person who asked.
+    """A request that cannot be answered. The message is a sentence for the person who sent it.
 
-    file: the name of the file that it is about, where that is known.
+    file: name of the file that is at fault, if known.
     """
 
     def __init__(self, message: str, file: str = "") -> None:
@@ -60,12 +61,12 @@ class Refused(ValueError):
         self.file = file
 
 
-# The path of an uploaded file and how to caption it; either may be known to be bad.
+# The path of an uploaded file and how to caption it, or what is wrong with either.
 Request = tuple[str | Refused | None, Settings | Refused]
 
 
 def settings_of(model: Any, beam_size: Any, captions: Any, max_length: Any, sampling: Any, *chance: Any) -> Settings:
-    """Settings as they come from sliders and from the API, where they may be anything that JSON can say.
+    """Settings from the values that the page or the API sent, which may be any JSON.
 
     Raises:
         Refused: a value is of the wrong type or out of its range.
@@ -88,7 +89,7 @@ def settings_of(model: Any, beam_size: Any, captions: Any, max_length: Any, samp
 
 
 def read_settings(*values: Any) -> Settings | Refused:
-    """As `settings_of`, but what is wrong is returned, as part of a `Request`."""
+    """As `settings_of`, but `Refused` is returned, as part of a `Request`."""
     try:
         return settings_of(*values)
     except Refused as error:
@@ -96,7 +97,7 @@ def read_settings(*values: Any) -> Settings | Refused:
 
 
 def number(name: str, value: Any, low: float, high: float, whole: bool = False) -> Any:
-    """`value` as a float, or as an int where it has to be whole. Raises Refused where it is no such number."""
+    """`value` as a float, or as an int if `whole`. Raises Refused if it is not a number from `low` to `high`."""
     fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
     if not fits or (whole and value != int(value)):
         kind = "whole number" if whole else "number"
@@ -106,17 +107,17 @@ def number(name: str, value: Any, low: float, high: float, whole: bool = False) 
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """A value for a message, shortened if it is long."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     try:
         return reprlib.repr(value)
-    except ValueError:  # Python does not write out an integer of more than 4,300 digits
+    except ValueError:  # Python does not print integers of more than 4,300 digits
         return "a number of thousands of digits"
 
 
 def guarded(answer: Callable[[], T]) -> T | str:
-    """What `answer` returns, or a sentence for the person who asked; what nobody expected is in the server's log."""
+    """What `answer` returns, or a sentence that says why it failed. Unexpected errors are logged."""
     try:
         return answer()
     except Refused as error:
@@ -127,7 +128,7 @@ def guarded(answer: Callable[[], T]) -> T | str:
 
 
 class Service:
-    """The models that were loaded, and what can be asked of them.
+    """Captions files with the models that were loaded.
 
     Args:
         models: by the name that the page shows; at least one.
@@ -138,15 +139,15 @@ class Service:
     def __init__(self, models: dict[str, Captioner], max_pixels: int = MAX_PIXELS, concurrency: int = 1) -> None:
         self.models = models
         self.max_pixels = max_pixels
-        # The network always runs in the same few threads: each that ever ran it keeps memory of its own.
+        # The networks run in a fixed set of threads, because each thread that ran one keeps memory of its own.
         self.workers = ThreadPoolExecutor(concurrency, thread_name_prefix="captions")
 
     def close(self) -> None:
-        """End the threads; those who still wait get an error."""
+        """End the threads; requests that wait get an error."""
         self.workers.shutdown(wait=False, cancel_futures=True)
 
     def captioner(self, name: str) -> Captioner:
-        """The model of that name, the first where the name is empty. Raises Refused where there is none."""
+        """The model of that name, or the first if the name is empty. Raises Refused if there is no such model."""
         if not name:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -154,19 +155,19 @@ class Service:
         return self.models[name]
 
     def answer(self, requests: Sequence[Request], keep_annotations: bool = False) -> list[Caption | str]:
-        """As `caption`, in a thread for the network."""
+        """As `caption`, in one of the threads for the networks."""
         found = self.workers.submit(self.caption, requests, keep_annotations).result()
         return_memory()
         return found
 
     def caption(self, requests: Sequence[Request], keep_annotations: bool = False) -> list[Caption | str]:
-        """A caption for each file, or a sentence that says why there is none; equal settings go through together.
+        """A caption for each request, or a sentence that says why there is none.
 
-        Whatever goes wrong with one request, the others have their answers.
+        Requests with equal settings are captioned in one batch. An error in one request does not affect the others.
 
         Args:
-            requests: the files.
-            keep_annotations: keep what `explain` needs.
+            requests: the files and their settings.
+            keep_annotations: keep the annotation vectors, which `explain` needs.
         """
         answers: dict[int, Caption | str] = {}
         groups: dict[Settings, dict[int, str]] = {}
@@ -181,14 +182,14 @@ class Service:
             try:
                 found = run(*paths.values())
             except Exception:
-                # One of them is enough to make all fail, so each is tried alone. What fails again is logged.
+                # One file can make its batch fail, so each is tried alone. Those that fail again are logged.
                 alone = [guarded(partial(run, path)) for path in paths.values()]
                 found = [one if isinstance(one, str) else one[0] for one in alone]
             answers |= dict(zip(paths, found, strict=True))
         return [answers[number] for number in range(len(requests))]
 
     def check(self, path: str | Refused | None, settings: Settings | Refused) -> tuple[str, Settings]:
-        """The file of a request and its settings. Raises Refused where either cannot be used."""
+        """The file and the settings of a request. Raises Refused if either cannot be used."""
         if isinstance(path, Refused):
             raise path
         if isinstance(settings, Refused):
@@ -199,7 +200,7 @@ class Service:
         return path, settings
 
     def run(self, settings: Settings, keep_annotations: bool, *paths: str) -> list[Caption | str]:
-        """The captions of files with the same settings, or sentences about those that cannot be read."""
+        """Captions of files with the same settings; for a file that cannot be read, a sentence."""
         options: Options = {
             **settings.options(),
             "max_pixels": self.max_pixels,
@@ -209,12 +210,12 @@ class Service:
         return [sentence_for(result) if isinstance(result, ImageError) else result for result in found]
 
     def explain(self, caption: Caption, model: str) -> list[dict[str, Any]]:
-        """The numbers of every step of a caption; see `captioner.explain`. In a thread for the network."""
+        """The numbers of every step of a caption (see `captioner.explain`), computed in a thread for the networks."""
         return [step.to_dict() for step in self.workers.submit(explain, self.captioner(model), caption).result()]
 
 
 def sentence_for(error: ImageError) -> str:
-    """What people are told of an image that cannot be read, without the server's paths."""
+    """What the page says of an image that cannot be read, without the server's paths."""
     reason = str(error)
     if "too many pixels" in reason:
         return "This picture is too large: it has too many pixels."
@@ -225,11 +226,11 @@ def sentence_for(error: ImageError) -> str:
     return "This file is not a picture that can be read."
 
 
-# Linux's C library keeps freed memory for each thread that used it; it gives it back when asked to.
+# glibc keeps the memory that a thread freed until it is asked to return it.
 TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def return_memory() -> None:
-    """Give memory that is no longer used back to the system."""
+    """Return freed memory to the operating system."""
     if TRIM:
         TRIM(0)

@@ -16,8 +16,8 @@ from captioner.pretrained import DEFAULT_MODEL, list_models
 if TYPE_CHECKING:
     from captioner.api import Captioner
     from captioner.captions import Caption
-    from captioner.checkpoint import CheckpointError
     from captioner.images import ImageError, ImageSource
+    from captioner.modelfile import CheckpointError
 
 __version__ = "0.1.0"
 __all__ = ["Caption", "Captioner", "CheckpointError", "ImageError", "caption", "list_models"]
@@ -94,7 +94,7 @@ def _load(model: str, device: str | None) -> "Captioner":
 
 def __getattr__(name: str) -> object:
     # Torch takes seconds to import: `captioner --help` should not wait for it.
-    homes = {"CheckpointError": "checkpoint", "ImageError": "images", "Caption": "captions", "Captioner": "api"}
+    homes = {"CheckpointError": "modelfile", "ImageError": "images", "Caption": "captions", "Captioner": "api"}
     if name not in homes:
         raise AttributeError(f"module 'captioner' has no attribute {name!r}")
     return getattr(importlib.import_module(f"captioner.{homes[name]}"), name)

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from captioner.captions import Caption
-from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe, reason
+from captioner.modelfile import MODEL_FILE, CheckpointError
 from captioner.options import Options, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.reading import Photo, read_batches, read_photo
@@ -54,28 +55,30 @@ class Captioner:
         """Load a model.
 
         Args:
-            name: a model in the package (see `list_models`), a folder, or a Hugging Face Hub id ("user/model"), for
-                which the extra `hub` must be installed; by default `DEFAULT_MODEL` of `captioner.pretrained`. A
-                string that names a model in the package means that model, even where a folder has the same name:
-                write "./small", or give a `Path`, for the folder.
+            name: a model in the package (see `list_models`), a `.safetensors` file, a folder with a
+                `model.safetensors`, or a Hugging Face Hub id ("user/model"), for which the extra `hub` must be
+                installed; by default `DEFAULT_MODEL` of `captioner.pretrained`. A string that names a model in the
+                package means that model, even where a folder has the same name: write "./small", or give a `Path`,
+                for the folder.
             device: where to compute; None for the CPU, "auto" for a GPU where there is one.
 
         Raises:
-            CheckpointError: there is no such model, or its files are not whole.
+            CheckpointError: there is no such model, or its file is damaged or of another format.
             ValueError: there is no such device.
         """
         return cls(load_checkpoint(find_model(name or DEFAULT_MODEL), choose_device(device)))
 
-    def save_pretrained(self, folder: str | os.PathLike[str], half: bool = False) -> None:
-        """Write the model into `folder`, for `from_pretrained`.
+    def save_pretrained(self, path: str | os.PathLike[str], half: bool = False) -> None:
+        """Write the model as one file, for `from_pretrained`.
 
         Args:
+            path: a folder, which gets a `model.safetensors`, or the `.safetensors` file.
             half: store the weights in float16.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: the file cannot be written.
         """
-        save_checkpoint(folder, Checkpoint(self.model, self.vocabulary, self.preprocessing, self.about), half)
+        save_checkpoint(path, Checkpoint(self.model, self.vocabulary, self.preprocessing, self.about), half)
 
     @overload
     def caption(  # type: ignore[overload-overlap]  # a string is a sequence of strings
@@ -328,22 +331,22 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 
 def find_model(name: str | os.PathLike[str]) -> Path:
-    """The folder of a model: one in the package, one on disk, or one fetched from the Hub, looked for in this order.
+    """The folder or file of a model: in the package, on disk, or fetched from the Hub, looked for in this order.
 
-    A `Path` is a folder on disk, and returned as it is.
+    A `Path` is taken to be on disk, and returned as it is.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    folder, packaged = Path(name), model_folders()
+    path, packaged = Path(name), model_folders()
     if isinstance(name, str) and name in packaged:
         return packaged[name]
-    if not isinstance(name, str) or folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or folder.parent.is_dir():
+    if not isinstance(name, str) or path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or path.parent.is_dir():
         raise CheckpointError(
             f"there is no model {name!r}: give a model in the package ({', '.join(packaged)}), "
-            "a folder with model.safetensors, or a Hugging Face Hub id such as 'user/model'"
+            f"a .safetensors file, a folder with {MODEL_FILE}, or a Hugging Face Hub id such as 'user/model'"
         )
     try:
         from huggingface_hub import snapshot_download
@@ -352,6 +355,6 @@ def find_model(name: str | os.PathLike[str]) -> Path:
             f"{name!r} is no folder here; to fetch it from the Hugging Face Hub, pip install 'captioner[hub]'"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=[MODEL_FILE]))
     except Exception as error:
         raise CheckpointError(f"cannot fetch {name!r} from the Hugging Face Hub: {error}") from error

@@ -164,7 +164,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"captioner: no image in {', '.join(options.images)}", file=sys.stderr)
         return 1
     from captioner.api import Captioner
-    from captioner.checkpoint import CheckpointError
+    from captioner.modelfile import CheckpointError
 
     # Pillow warns of odd metadata in files that it reads well, and logs what it also raises.
     warnings.filterwarnings("ignore", module=r"PIL\.")

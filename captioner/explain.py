@@ -84,12 +84,10 @@ def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list
     annotations = torch.tensor(caption.annotations[None], dtype=next(model.parameters()).dtype, device=model.device)
     memory = decoder.encode(annotations)
     state = decoder.initial_state(memory, rows=1)
-    scored = model.config.decoder == "lstm" and model.config.attention in ("additive", "dot", "scaled_dot")
     before = torch.empty(1, 1, 0, dtype=torch.long, device=model.device)
     last_tokens = torch.full((1, 1), START, device=model.device)
     steps = []
     for token in tokens:
-        scores = decoder.attention.scores(state.hidden, memory.keys) if scored else None
         step = decoder.step(memory, state, last_tokens)
         heads = step.alpha[0, 0].cpu().numpy()
         weights = heads.mean(axis=0)
@@ -98,7 +96,7 @@ def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list
         steps.append(
             Explanation(
                 words[token],
-                None if scores is None else scores.view(grid).cpu().numpy(),
+                None if step.scores is None else step.scores.view(grid).cpu().numpy(),
                 weights.reshape(grid),
                 tuple(map(normalised_entropy, (weights, *heads) if len(heads) > 1 else (weights,))),
                 None if step.beta is None else float(step.beta),

@@ -30,7 +30,7 @@ class Vocabulary:
         self.ids: dict[str, int] = {word: index for index, word in enumerate(self.words)}
         if len(self.ids) < len(self.words):
             repeated = [word for word, count in Counter(self.words).items() if count > 1]
-            raise ValueError(f"a vocabulary holds every word once, but these repeat: {repeated[:5]}")
+            raise ValueError(f"a vocabulary holds every word once, but these repeat: {repeated[:5]!r:.100}")
         if "" in self.ids:
             raise ValueError("a vocabulary cannot hold the empty word")
 

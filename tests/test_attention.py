@@ -4,15 +4,28 @@ import math
 
 import pytest
 import torch
+from conftest import small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from captioner.network.attention import MECHANISMS, AdditiveAttention, HardAttention, build_attention
+from captioner.network.attention import (
+    MECHANISMS,
+    AdditiveAttention,
+    Attention,
+    HardAttention,
+    build_attention,
+    parse_options,
+    register,
+)
 from captioner.network.decoder import TeacherForced
-from training.losses import caption_loss, hard_attention_loss, word_log_probabilities
+from captioner.search import beam_search
+from captioner.vocabulary import END, START
+from training.losses import caption_loss
 
 SIZES = {"channels": 6, "hidden_size": 5, "attention_size": 4}
+# Options with which the mechanisms are tested; a new one needs a line here only if its defaults do not suit the sizes.
+OPTIONS = {"multi_head": {"heads": 2}}
 
 
 def inputs(images: int, rows: int, regions: int, seed: int):
@@ -26,10 +39,21 @@ def inputs(images: int, rows: int, regions: int, seed: int):
 
 def attention_of(name: str, seed: int = 0, scale: float = 1.0, **options):
     torch.manual_seed(seed)
-    attention = build_attention(name, **SIZES, heads=2, **options)
+    attention = build_attention(name, **SIZES, options=OPTIONS.get(name, {}) | options)
     for weight in attention.parameters():
         nn.init.normal_(weight, std=scale)
     return attention
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_sharpening_divides_the_temperature_of_the_softmax(name):
+    hidden, annotations, _ = inputs(2, 3, 7, seed=1)
+    attention = attention_of(name, **({"inference": "expectation"} if name == "hard" else {})).eval()
+    before = attention(hidden, attention.keys(annotations), annotations).alpha
+    attention.sharpen(1.5)
+    after = attention(hidden, attention.keys(annotations), annotations).alpha
+    assert torch.allclose(after, (1.5 * before.log()).softmax(dim=-1), atol=1e-6)
+    assert name == "none" or not torch.allclose(after, before, atol=1e-3)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -98,7 +122,7 @@ def test_products_are_torchs_scaled_dot_product_attention(name):
 def test_several_heads_are_torchs_multi_head_attention():
     size, heads = 12, 3
     torch.manual_seed(3)
-    ours = build_attention("multi_head", channels=size, hidden_size=size, attention_size=size, heads=heads)
+    ours = build_attention("multi_head", channels=size, hidden_size=size, attention_size=size, options={"heads": heads})
     theirs = nn.MultiheadAttention(size, heads, batch_first=True)
     theirs.in_proj_weight.copy_(torch.cat([ours.U.weight, ours.W.weight, ours.V.weight]))
     theirs.in_proj_bias.copy_(torch.cat([ours.U.bias, torch.zeros(size), ours.V.bias]))
@@ -124,8 +148,8 @@ def test_no_attention_sees_the_mean_of_what_is_real():
 @pytest.mark.parametrize("inference", ["argmax", "expectation"])
 def test_hard_attention_sees_one_region_or_the_expectation(inference):
     hidden, annotations, mask = inputs(2, 3, 5, seed=6)
-    attention = attention_of("hard", hard_inference=inference).eval()
-    context, alpha, choice, _ = attention(hidden, attention.keys(annotations), annotations, mask)
+    attention = attention_of("hard", inference=inference).eval()
+    context, alpha, choice, *_ = attention(hidden, attention.keys(annotations), annotations, mask)
     assert choice is None
     for i in range(2):
         for r in range(3):
@@ -141,7 +165,7 @@ def test_hard_attention_draws_a_region_by_its_weight_and_half_of_the_images_are_
     hidden, annotations, mask = (x[:1].expand(4000, *x.shape[1:]) for x in inputs(1, 2, 4, seed=9))
     attention = attention_of("hard").train()
     torch.manual_seed(0)
-    context, alpha, choice, regions = attention(hidden, attention.keys(annotations), annotations, mask)
+    context, alpha, choice, regions, _ = attention(hidden, attention.keys(annotations), annotations, mask)
     drawn = choice[:, 0] < 0
     assert regions[:, 0].ge(0).equal(drawn)
     assert drawn.eq(choice[:, 1] < 0).all()  # one coin an image
@@ -154,28 +178,27 @@ def test_hard_attention_draws_a_region_by_its_weight_and_half_of_the_images_are_
     assert torch.allclose(same.float().mean(dim=0), alpha[0, 0, 0], atol=0.04)
 
 
-def toy(images: int):
+def toy(images: int, entropy: float = 0.0):
     """One word to say of images with three regions, of which only the last one shows it."""
     logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 3.0]])
     annotations = logits.expand(images, 3, 3)
     hidden = torch.ones(images, 1, 2)
     torch.manual_seed(1)
-    return HardAttention(channels=3, hidden_size=2, attention_size=4).double().train(), annotations, hidden
+    sizes = {"channels": 3, "hidden_size": 2, "attention_size": 4}
+    return HardAttention(**sizes, reinforce=1.0, entropy=entropy).double().train(), annotations, hidden
 
 
 def toy_output(attention, annotations, hidden):
-    context, alpha, choice, _ = attention(hidden, attention.keys(annotations), annotations)
+    context, alpha, choice, *_ = attention(hidden, attention.keys(annotations), annotations)
     images = len(context)
     targets = torch.full((images,), 2)
     real = torch.ones(images, 1, 1, dtype=torch.bool)
     return TeacherForced(context[:, 0], targets, alpha[:, :, None], real, choice[:, :, None])
 
 
-def toy_loss(output, baseline, entropy=0.0):
+def toy_loss(attention, output, baseline):
     images = len(output.targets)
-    told = word_log_probabilities(output).detach()
-    hard = hard_attention_loss(output, told, images, baseline, 1.0, entropy)
-    return caption_loss(output, images, images, 0.0, 0.0) + hard
+    return caption_loss(output, images, images, 0.0, 0.0) + attention.extra_loss(output, images, baseline)
 
 
 @pytest.mark.parametrize("baseline", [0.0, -1.5])
@@ -183,7 +206,7 @@ def test_the_drawn_gradient_is_the_exact_one_in_expectation(baseline):
     images = 200_000
     attention, annotations, hidden = toy(images)
     annotations, hidden = annotations.double(), hidden.double()
-    loss = toy_loss(toy_output(attention, annotations, hidden), baseline)
+    loss = toy_loss(attention, toy_output(attention, annotations, hidden), baseline)
     drawn = torch.autograd.grad(loss, list(attention.parameters()))
 
     attention.eval()
@@ -206,15 +229,15 @@ def test_hard_attention_finds_the_region_that_tells():
     for _ in range(100):
         output = toy_output(attention, annotations, hidden)
         optimiser.zero_grad()
-        toy_loss(output, baseline).backward()
+        toy_loss(attention, output, baseline).backward()
         optimiser.step()
-        told = float(word_log_probabilities(output).detach().mean())
-        baseline = told if baseline is None else 0.9 * baseline + 0.1 * told
+        now = float(output.log_probabilities().detach().mean())
+        baseline = now if baseline is None else 0.9 * baseline + 0.1 * now
     assert toy_output(attention, annotations, hidden).alpha[0, 0, 0, 0, 2].item() > 0.9
 
 
 def test_the_entropy_term_spreads_the_weights():
-    attention, annotations, hidden = toy(64)
+    attention, annotations, hidden = toy(64, entropy=10.0)
     nn.init.normal_(attention.v.weight, std=4.0)
     annotations, hidden = annotations.double(), hidden.double()
     optimiser = torch.optim.Adam(attention.parameters(), lr=0.05)
@@ -226,7 +249,7 @@ def test_the_entropy_term_spreads_the_weights():
     assert entropy() < 1.0
     for _ in range(100):
         optimiser.zero_grad()
-        toy_loss(toy_output(attention, annotations, hidden), None, entropy=10.0).backward()
+        toy_loss(attention, toy_output(attention, annotations, hidden), None).backward()
         optimiser.step()
     assert entropy() == pytest.approx(math.log(3), abs=0.01)
 
@@ -244,7 +267,7 @@ def test_rows_that_share_an_image_get_what_each_would_get_alone(name):
 
 def test_hard_attention_by_expectation_is_additive_attention():
     hidden, annotations, mask = inputs(2, 3, 5, seed=6)
-    hard = attention_of("hard", hard_inference="expectation").eval()
+    hard = attention_of("hard", inference="expectation").eval()
     soft = AdditiveAttention(**SIZES)
     soft.load_state_dict(hard.state_dict())
     for ours, theirs in zip(
@@ -257,16 +280,87 @@ def test_hard_attention_by_expectation_is_additive_attention():
 
 def test_an_unknown_mechanism_is_refused_with_those_there_are():
     with pytest.raises(ValueError, match=r"additive.*multi_head"):
-        build_attention("telepathy", **SIZES)
+        build_attention("telepathy", **SIZES, options={})
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("multi_head", {"heads": 3}, "attention_size 4 cannot be divided into 3 heads"),
-        ("hard", {"hard_inference": "guess"}, "'guess'"),
+        ("multi_head", {"heads": "2"}, "'heads' of attention 'multi_head' should be a int, not '2'"),
+        ("multi_head", {"heads": True}, "should be a int, not True"),
+        ("multi_head", {"inference": "argmax"}, "attention 'multi_head' has no option 'inference'; it has heads"),
+        ("additive", {"heads": 2}, "attention 'additive' has no option 'heads'; it has none at all"),
+        ("hard", {"inference": "guess"}, "'guess'"),
     ],
 )
 def test_sizes_and_names_that_do_not_fit_are_refused(name, options, message):
     with pytest.raises(ValueError, match=message):
-        build_attention(name, **SIZES, **options)
+        build_attention(name, **SIZES, options=options)
+
+
+def test_options_are_read_from_texts_and_the_others_have_their_defaults():
+    assert parse_options("multi_head", []) == {"heads": 8}
+    assert parse_options("multi_head", ["heads=4"]) == {"heads": 4}
+    assert parse_options("hard", ["reinforce=1", "inference=expectation"]) == {
+        "inference": "expectation",
+        "reinforce": 1.0,
+        "entropy": 0.01,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("telepathy", "x=1", "no attention mechanism 'telepathy'; choose one of"),
+        ("dot", "heads=2", "attention 'dot' has no option 'heads'; it has none at all"),
+        ("multi_head", "heads=many", "'heads' of attention 'multi_head' should be a int, not 'many'"),
+        ("multi_head", "heads", "'heads' of attention 'multi_head' should be a int, not ''"),
+    ],
+)
+def test_texts_that_are_no_options_are_refused(name, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_options(name, [text])
+
+
+def test_a_new_mechanism_is_one_class(monkeypatch):
+    monkeypatch.setattr("captioner.network.attention.MECHANISMS", dict(MECHANISMS))
+
+    @register
+    class CosineAttention(Attention):
+        name = "cosine"
+
+        def __init__(self, channels, hidden_size, attention_size, *, sharpness: float = 10.0):
+            super().__init__(channels, hidden_size, attention_size)
+            self.query, self.sharpness = nn.Linear(hidden_size, channels), sharpness
+
+        def keys(self, annotations):
+            return nn.functional.normalize(annotations, dim=-1)
+
+        def scores(self, hidden, keys):
+            return self.sharpness * nn.functional.normalize(self.query(hidden), dim=-1) @ keys.transpose(1, 2)
+
+    for decoder in ("lstm", "transformer"):
+        sizes = {"decoder": decoder, "hidden_size": 8, "heads": 2}
+        model = small_model(attention="cosine", attention_options={"sharpness": 3.0}, **sizes).train()
+        optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+        captions = torch.tensor([[[START, 7, 8, END]]]).expand(2, 1, 4)
+        losses = []
+        for _ in range(2):
+            torch.manual_seed(0)  # the same dropout
+            output = model(torch.randn(2, 6, model.encoder.channels), captions)
+            loss = caption_loss(output, 6, 2, 0.0, 0.0) + model.decoder.attention.extra_loss(output, 6, None)
+            losses.append(loss.item())
+            optimiser.zero_grad()
+            loss.backward()
+            assert model.decoder.attention.query.weight.grad.abs().sum() > 0
+            optimiser.step()
+        assert losses[1] < losses[0]
+        model.eval()
+        annotations = torch.randn(2, 6, model.config.annotation_size)
+        found = beam_search(model.decoder, annotations, beam_size=3, max_length=5)
+        weights = found.alpha[found.words != 0]
+        assert torch.allclose(weights.sum(dim=-1), torch.ones_like(weights[..., 0]), atol=1e-5)
+        assert parse_options("cosine", []) == {"sharpness": 10.0}
+    with pytest.raises(ValueError, match="there is an attention mechanism 'cosine' already"):
+        register(CosineAttention)

@@ -25,8 +25,7 @@ from captioner.vocabulary import Vocabulary
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync".split()
 PHOTO = PHOTOS / "photographer.jpg"
-# A folder here gets pictures of the page, such as those in the README.
-SCREENSHOTS = os.environ.get("CAPTIONER_SCREENSHOTS")
+SCREENSHOTS = os.environ.get("CAPTIONER_SCREENSHOTS")  # folder for the pictures of the READMEs: .readme
 
 expect.set_options(timeout=20_000)  # slow machines are no failures
 
@@ -41,7 +40,7 @@ def default() -> Captioner:
 @pytest.fixture(scope="module")
 def url(default):
     """The page with the default model and one of several heads."""
-    network = small_model(len(default.vocabulary), attention="multi_head", heads=2)
+    network = small_model(len(default.vocabulary), attention="multi_head", attention_options={"heads": 2})
     network.encoder.load_state_dict(default.model.encoder.state_dict())
     with torch.no_grad():
         for part in network.decoder.attention.parameters():
@@ -101,12 +100,6 @@ def picture(page: Page) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))).convert("RGB")).astype(int)
 
 
-def screenshot(page: Page, name: str) -> None:
-    if SCREENSHOTS:
-        data = page.screenshot(full_page=True)
-        Image.open(io.BytesIO(data)).convert("RGB").save(Path(SCREENSHOTS) / name, quality=82, optimize=True)
-
-
 def test_a_photo_is_captioned_and_each_word_lights_up_what_it_looked_at(open_page, default):
     page = open_page()
     upload(page)
@@ -129,8 +122,6 @@ def test_a_photo_is_captioned_and_each_word_lights_up_what_it_looked_at(open_pag
     assert not [address for address in requests if not address.startswith(("data:", "blob:"))]
     page.mouse.move(2, 2)
     assert np.array_equal(picture(page), plain)
-    page.locator("#viewer .word").nth(1).hover()
-    screenshot(page, "page.jpg")
 
 
 def test_a_row_of_pictures_an_animation_and_the_other_captions(open_page, default):
@@ -269,7 +260,6 @@ def test_many_photos_with_a_broken_one_among_them(open_page, default, tmp_path):
     captions = default.caption(good)
     for caption in captions:
         expect(table).to_contain_text(str(caption))
-    screenshot(page, "many.jpg")
     files = {}
     for name in ("json", "csv", "heatmaps"):
         with page.expect_download() as download:
@@ -305,9 +295,6 @@ def test_how_it_works_shows_the_numbers_of_every_step(open_page, default):
         page.keyboard.press("ArrowRight")
     assert len(set(seen)) == len(seen)
     assert re.search(r"beta\s+0\.\d\d", seen[0])
-    slider.press("Home")
-    slider.press("ArrowRight")
-    screenshot(page, "steps.jpg")
 
 
 def test_the_entropy_of_each_head_stands_beside_that_of_their_mean(open_page):
@@ -453,7 +440,6 @@ def test_the_page_fits_a_phone(open_page, scheme):
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = np.mean([int(part) for part in re.findall(r"\d+", background)[:3]])
     assert (brightness < 80) == (scheme == "dark")
-    screenshot(page, f"phone-{scheme}.jpg")
 
 
 def choose_tab(page: Page, name: str) -> None:
@@ -461,3 +447,31 @@ def choose_tab(page: Page, name: str) -> None:
     if not tab.is_visible():
         page.locator(".overflow-menu > button").click()
     page.get_by_role("tab", name=name).or_(page.locator(".overflow-dropdown button", has_text=name)).first.click()
+
+
+def test_the_pictures_of_the_readmes_show_a_caption_that_is_right(browser, tmp_path):
+    folder = Path(SCREENSHOTS or tmp_path)
+    model = Captioner.from_pretrained()
+    caption = model.caption(PHOTOS / "cat.jpg")
+    assert str(caption) == "a close up of a cat looking at the camera"
+    caption.figure(columns=4).save(folder / "attention.jpg", quality=85, optimize=True)
+    with run_app({"base": model}) as address:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(30_000)
+        page.goto(address)
+        page.get_by_role("button", name="Cat").click()
+        assert words(page) == list(caption.words)
+        page.locator("#viewer .word", has_text="cat").hover()
+        save_screenshot(page, folder / "page.jpg")
+        page.get_by_role("tab", name="How it works").click()
+        page.locator("#steps input[type=range]").fill(str(caption.words.index("cat")))
+        expect(page.locator("#steps mark")).to_have_text("cat")
+        save_screenshot(page, folder / "steps.jpg")
+        page.close()
+    for name in ("attention.jpg", "page.jpg", "steps.jpg"):
+        assert 20_000 < (folder / name).stat().st_size < 200_000
+
+
+def save_screenshot(page: Page, path: Path) -> None:
+    picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
+    picture.save(path, quality=82, optimize=True)

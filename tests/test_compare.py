@@ -8,7 +8,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from training import compare, metrics
+from captioner import Captioner
+from training import compare, scorers
 
 
 @pytest.fixture(scope="module")
@@ -16,12 +17,13 @@ def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     flags = ["--data", f"flickr8k={tiny.draw(folder / 'tiny')}", "--cache", str(folder / "cache"), *tiny.SMALL]
     flags += ["--encoder-weights", str(tiny.encoder_weights(folder / "weights.safetensors")), "--heads", "2"]
+    flags += ["--attention-options", "heads=2"]  # of multi_head; the other kinds do not have it
     return [*flags, "--epochs", "1", "--finetune-epochs", "0", "--word", "red", "--sentence", "a red circle"]
 
 
 @pytest.fixture(autouse=True)
 def no_java(monkeypatch):
-    monkeypatch.setattr(metrics, "why_no_java", lambda: metrics.NO_JAVA)
+    monkeypatch.setattr(scorers, "why_no_java", lambda: scorers.NO_JAVA)
 
 
 def test_every_kind_is_trained_and_shown_and_not_again(options, tmp_path, capsys, monkeypatch):
@@ -38,6 +40,8 @@ def test_every_kind_is_trained_and_shown_and_not_again(options, tmp_path, capsys
     assert float(figures["none"]["entropy"]) == pytest.approx(np.log(4), abs=1e-3)  # 2 x 2 regions
     assert float(figures["hard"]["entropy"]) == 0
     assert float(figures["none"]["parameters"]) < float(figures["additive"]["parameters"])
+    heads = Captioner.from_pretrained(output / "multi_head-0").model.config.attention_options
+    assert heads == {"heads": 2}
     for name in ("compare.png", "maps.png"):
         assert Image.open(output / name).width > 300
 

@@ -5,17 +5,9 @@ import torch
 from conftest import small_model
 
 from captioner.vocabulary import END, PAD, SPECIAL, START
-from training.batches import pad_captions
-from training.composed import (
-    ROWS,
-    add_composed,
-    chosen_rows,
-    compose,
-    composed_loss,
-    content_words,
-    join,
-    split_composed,
-)
+from training.composed_loss import chosen_rows, composed_loss, content_words, split_composed
+from training.data.batches import pad_captions
+from training.data.composed import ROWS, add_composed, compose, join
 
 GRID = (2, 4)
 

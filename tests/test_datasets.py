@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from training.datasets import DATASETS, DatasetError, read_dataset
+from training.data.datasets import read_dataset
+from training.data.items import DatasetError
+from training.data.layouts import DATASETS
 from training.words import tokenize
 
 FLICKR8K = Path(__file__).parents[2] / "shared" / "flickr8k"

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from captioner.config import ModelConfig
 from captioner.network.decoder import AttentionLSTM
 from captioner.vocabulary import END, PAD, START
 
@@ -14,7 +15,8 @@ WORDS, CHANNELS, REGIONS = 11, 7, 5
 def decoder(tied: bool = False, dropout: float = 0.0) -> AttentionLSTM:
     torch.manual_seed(3)
     sizes = {"embedding_size": 6, "hidden_size": 8, "attention_size": 4}
-    network = AttentionLSTM(WORDS, CHANNELS, dropout=dropout, tie_embeddings=tied, **sizes).double()
+    config = ModelConfig(WORDS, dropout=dropout, tie_embeddings=tied, **sizes)
+    network = AttentionLSTM(config, CHANNELS).double()
     with torch.no_grad():
         network.output_bias.normal_()
     return network

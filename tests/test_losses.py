@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from captioner.network.attention import HardAttention
 from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import PAD, START, UNKNOWN
-from training.losses import hard_attention_loss, self_critical_loss, word_log_probabilities
+from training.losses import self_critical_loss
 
 WORDS = 9
 SPECIAL = (PAD, START, UNKNOWN)
@@ -33,10 +34,10 @@ def by_word(output: TeacherForced, excluded=()) -> dict[tuple[int, int, int], to
 @pytest.mark.parametrize("excluded", [(), SPECIAL])
 def test_log_probabilities_stand_where_their_words_do(excluded):
     output = result_of()
-    told = word_log_probabilities(output, excluded)
+    found = output.log_probabilities(excluded)
     expected = by_word(output, excluded)
-    for place in torch.ones_like(told).nonzero().tolist():
-        assert float(told[tuple(place)].detach()) == pytest.approx(
+    for place in torch.ones_like(found).nonzero().tolist():
+        assert float(found[tuple(place)].detach()) == pytest.approx(
             float(torch.as_tensor(expected.get(tuple(place), 0.0)).detach()), abs=1e-6
         )
 
@@ -57,7 +58,7 @@ def test_captions_are_made_likelier_by_their_advantage(choice):
 
 
 @pytest.mark.parametrize("reinforce", [1.0, 0.1])
-def test_drawn_regions_are_rewarded_by_what_was_told_over_the_baseline(reinforce):
+def test_drawn_regions_are_rewarded_by_the_log_probabilities_over_the_baseline(reinforce):
     output = result_of(choice=True)
     expected = torch.zeros(())
     words = by_word(output)
@@ -70,9 +71,9 @@ def test_drawn_regions_are_rewarded_by_what_was_told_over_the_baseline(reinforce
             for place, _ in own:
                 weights = output.alpha[place][0]
                 expected = expected + 0.1 * (weights * weights.log()).sum() / 7
-    told = word_log_probabilities(output)
-    loss = hard_attention_loss(output, told, 7, -1.5, reinforce, 0.1)
+    attention = HardAttention(4, 4, 4, reinforce=reinforce, entropy=0.1)
+    loss = attention.extra_loss(output, 7, -1.5)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    entropy_alone = hard_attention_loss(output, told, 7, None, reinforce, 0.1)
+    entropy_alone = attention.extra_loss(output, 7, None)
     assert float(entropy_alone) < 0
     assert not loss.requires_grad  # words learn by the other loss

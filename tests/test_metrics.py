@@ -1,26 +1,19 @@
 """Scores are pycocoevalcap's, and what is left out is said."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from training import metrics
-from training.metrics import (
-    METRICS,
-    CannotScore,
-    attention_entropy,
-    calibration,
-    diversity,
-    mean_of_each,
-    quick_scores,
-    score,
-    spice,
-)
+from training import scorers
+from training.metrics import attention_entropy, calibration, diversity, mean_of_each
+from training.scorers import METRICS, CannotScore, quick_scores, score, spice
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs a Java runtime")
 
@@ -115,7 +108,7 @@ def test_a_meteor_that_fails_is_left_out_and_ends(fake_java):
     # In a process of its own: it is the end of pycocoevalcap's Meteor object that may wait for ever.
     fake_java('case "$*" in -version) ;; *) echo "no heap" >&2; exit 1;; esac')
     program = (
-        "from training.metrics import score\n"
+        "from training.scorers import score\n"
         "scores = score({'a': 'a dog', 'b': 'two men'}, {'a': ['a dog'], 'b': ['men']})\n"
         "print(scores.left_out['METEOR'], '/', scores.left_out['tokenizer'], '/', scores.corpus['BLEU-1'])"
     )
@@ -137,7 +130,7 @@ def test_a_meteor_that_fails_is_left_out_and_ends(fake_java):
 
 def test_a_meteor_that_hangs_is_ended_and_left_out(fake_java, monkeypatch):
     fake_java('case "$*" in *meteor*) exec /bin/sleep 60;; esac')
-    monkeypatch.setattr(metrics, "time_limit", lambda images: 0.5)
+    monkeypatch.setattr(scorers, "time_limit", lambda images: 0.5)
     assert "longer than 0.5 seconds" in score(CANDIDATES, REFERENCES).left_out["METEOR"]
 
 
@@ -170,12 +163,36 @@ def test_spice_gives_every_image_its_own_score(installed_spice, tmp_path, monkey
     assert capfd.readouterr().out == ""
 
 
+def test_spice_asks_its_program_as_pycocoevalcap_does(installed_spice, tmp_path, monkeypatch):
+    answer = """
+        import json, sys
+        with open(sys.argv[0] + ".calls", "a") as calls:
+            asked = json.load(open(sys.argv[4]))
+            options = sys.argv[1:4] + [one for one in sys.argv[5:] if not one.startswith("/")]
+            print(json.dumps([options, [[one["test"], one["refs"]] for one in asked]]), file=calls)
+        scores = [{"image_id": one["image_id"], "scores": {"All": {"f": n or None}}} for n, one in enumerate(asked)]
+        json.dump(scores, open(sys.argv[sys.argv.index("-out") + 1], "w"))
+    """
+    (tmp_path / "java").write_text(f"#!{sys.executable}\n{textwrap.dedent(answer)}")
+    (tmp_path / "java").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    truths, hypotheses = {1: ["a", "b"], 2: ["c"]}, {1: ["one"], 2: ["two"]}
+    total, singles = spice(truths, hypotheses)
+    their_total, their_singles = (
+        importlib.import_module("pycocoevalcap.spice.spice").Spice().compute_score(truths, hypotheses)
+    )
+    ours, theirs = (tmp_path / "java.calls").read_text().splitlines()
+    assert ours == theirs
+    assert np.array_equal(singles[0], [single["All"]["f"] for single in their_singles], equal_nan=True)
+    assert np.array_equal(total[0], their_total, equal_nan=True)
+
+
 def test_a_spice_that_fails_or_hangs_is_left_out_and_leaves_no_files(installed_spice, fake_java, monkeypatch):
     fake_java('[ "$hang" ] && exec /bin/sleep 60; echo "UnsupportedClassVersionError" >&2; exit 1')
     with pytest.raises(CannotScore, match="Java 8: UnsupportedClassVersionError"):
         spice({"a": ["a dog"]}, {"a": ["a dog"]})
     monkeypatch.setenv("hang", "yes")
-    monkeypatch.setattr(metrics, "time_limit", lambda images: 0.5)
+    monkeypatch.setattr(scorers, "time_limit", lambda images: 0.5)
     with pytest.raises(CannotScore, match=r"longer than 0\.5 seconds"):
         spice({"a": ["a dog"]}, {"a": ["a dog"]})
     assert {path.name for path in installed_spice.iterdir()} <= {"lib", "cache"}

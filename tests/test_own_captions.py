@@ -9,7 +9,7 @@ import tiny
 
 from captioner import Captioner
 from captioner.cli import main as caption
-from training import compare, evaluate, metrics
+from training import compare, evaluate, scorers
 from training.train import main as train
 
 
@@ -29,7 +29,7 @@ def options(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_java(monkeypatch):
-    monkeypatch.setattr(metrics, "why_no_java", lambda: metrics.NO_JAVA)
+    monkeypatch.setattr(scorers, "why_no_java", lambda: scorers.NO_JAVA)
 
 
 def test_twenty_pictures_train_a_model_that_captions_and_is_scored(stars, options, tmp_path, capsys):

@@ -9,7 +9,8 @@ from PIL import Image
 from captioner import Captioner
 from captioner.captions import Caption
 from training import pointing
-from training.datasets import CaptionedImage, read_dataset
+from training.data.datasets import read_dataset
+from training.data.items import CaptionedImage
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from training.prepare import ATTEMPTS, RECIPES, Archive, PrepareError, Recipe, download, main, prepare, unpack
+from training.data.archives import Archive, unpack
+from training.data.download import ATTEMPTS, PrepareError, download
+from training.data.prepare import RECIPES, Recipe, prepare
+from training.prepare import main
 
 IMAGES = "Flicker8k_Dataset"
 NAMES = ["a.jpg", "b.jpg", "c.jpg"]

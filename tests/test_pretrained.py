@@ -1,6 +1,5 @@
 """The models in the package: their names, what is said about them, and what they can do."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 from conftest import PHOTOS
 
 from captioner import Captioner, list_models, pretrained
+from captioner.checkpoint import Checkpoint
 from captioner.pretrained import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[1]
@@ -39,15 +39,13 @@ def test_every_folder_with_weights_is_a_model(small, tmp_path, monkeypatch):
 
 def test_scores_are_listed_by_data_set(small, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "PRETRAINED", tmp_path)
-    small.save_pretrained(tmp_path / "one")
-    config = json.loads((tmp_path / "one" / "config.json").read_text())
-    config["about"] = {
+    about = {
         "trained_on": "drawings",
         "training": {"epochs": 2},
         "flickr8k dev": {"beam_size": 5, "scores": {"CIDEr": 0.6}},
         "coco dev": {"beam_size": 5, "scores": {"CIDEr": 0.8}},
     }
-    (tmp_path / "one" / "config.json").write_text(json.dumps(config))
+    Captioner(Checkpoint(small.model, small.vocabulary, small.preprocessing, about)).save_pretrained(tmp_path / "one")
     (model,) = list_models()
     assert model.trained_on == "drawings"
     assert model.scores == {"flickr8k dev": {"CIDEr": 0.6}, "coco dev": {"CIDEr": 0.8}}

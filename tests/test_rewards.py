@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 
-from training.datasets import read_dataset
+from training.data.datasets import read_dataset
 from training.rewards import CiderD, advantages
 from training.words import tokenize
 

@@ -11,7 +11,6 @@ from captioner.network.attention import EXPECTED, HardAttention
 from captioner.network.decoder import Step
 from captioner.search import beam_search, gather_rows, sample
 from captioner.vocabulary import END, PAD, START, UNKNOWN
-from training.losses import word_log_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +213,7 @@ def test_the_regions_that_were_drawn_for_a_caption_can_be_seen_again(annotations
     assert not expected.all()
 
     def told_by(output):
-        return word_log_probabilities(output, excluded=(PAD, START, UNKNOWN))[..., 1:]  # no caption is empty
+        return output.log_probabilities(excluded=(PAD, START, UNKNOWN))[..., 1:]  # no caption is empty
 
     assert torch.allclose(told_by(again), told[..., 1:], atol=1e-5)
     assert torch.allclose(again.alpha, gather_rows(found.alpha, order), atol=1e-5)

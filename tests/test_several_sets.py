@@ -11,7 +11,8 @@ from test_training import assert_same_run, losses
 
 from captioner import Captioner
 from captioner.network.decoder import TeacherForced
-from training.batches import EpochBatches, FeatureSource
+from training.data.batches import EpochBatches
+from training.data.images import FeatureSource
 from training.losses import caption_loss
 from training.train import main
 
@@ -76,7 +77,7 @@ def test_self_critical_training_counts_documents_in_the_training_captions_of_all
     assert main([*options, *stages, "--output", str(tmp_path / "run")]) == 0
     (reward,) = made
     # Seven images of circles and squares and four of triangles, one caption or more each; dev images do not count.
-    assert reward.most == pytest.approx(math.log(7 + 4))
+    assert reward.log_documents == pytest.approx(math.log(7 + 4))
     assert (reward.documents["circle",] + reward.documents["square",], reward.documents["triangle",]) == (7, 4)
     assert reward.documents["a", "red"] == 2 + 1  # pictures 0 and 6 of the one set, picture 0 of the other
 
@@ -90,7 +91,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(options, run, tmp_
 
     def step_and_stop(self, *arguments):
         steps.append(1)
-        self.stop_requested = len(steps) == stop
+        self.stop.received = len(steps) == stop
         return step(self, *arguments)
 
     monkeypatch.setattr(trainer.Trainer, "step", step_and_stop)
@@ -143,5 +144,5 @@ def test_words_and_captions_of_a_batch_are_counted_by_the_weights_of_their_sets(
     captions = [[[1, 5, 2]], [[1, 5, 6, 2], [1, 5, 2]]]
     features = FeatureSource(np.zeros((2, 1, 1), np.float16))
     batch = EpochBatches(features, captions, 2, 0, 0, weights=[1.0, 3.0])[0]
-    assert (batch.words, batch.whole) == (2 + 3 * 5, 1 + 3 * 2)
+    assert (batch.word_count, batch.caption_count) == (2 + 3 * 5, 1 + 3 * 2)
     assert sorted(batch.image_weights.tolist()) == [1, 3]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from training.datasets import DatasetError
-from training.sources import parse_source, read_captions, read_sources, split_by_hash
+from training.data.items import DatasetError
+from training.data.sources import parse_source, read_captions, read_sources, split_by_hash
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,14 +31,14 @@ from captioner.network.attention import MECHANISMS
 from captioner.network.encoder import Encoder
 from captioner.search import gather_rows
 from captioner.vocabulary import END, PAD, SPECIAL, START, UNKNOWN
-from training import features, trainer
-from training.batches import ImageSource, MapSource
+from training import objectives, self_critical, state, validation
 from training.config import TrainConfig
-from training.datasets import read_dataset
+from training.data import features
+from training.data.datasets import read_dataset
+from training.data.features import cached_maps, features_key
+from training.data.images import ImageSource, MapSource
 from training.distributed import Distributed
-from training.features import cached_maps, features_key
-from training.losses import word_log_probabilities
-from training.metrics import quick_scores
+from training.scorers import quick_scores
 from training.train import main
 from training.words import tokenize
 
@@ -47,7 +46,7 @@ TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 PROJECT = Path(__file__).parents[1]
 STAGES = """--epochs 2 --finetune-epochs 2 --finetune-from features.17 --scst-epochs 2 --scst-encoder-learning-rate 1e-5
---scst-samples 3 --scst-search sample --max-length 8 --checkpoint-every 1""".split()
+--scst-samples 3 --scst-search sample --sharpen 2 --max-length 8 --checkpoint-every 1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def losses(output):
 def assert_same_run(one, other, tolerance=1e-6):
     assert losses(one) == pytest.approx(losses(other), abs=tolerance)
     assert [row["CIDEr"] for row in history(one)] == [row["CIDEr"] for row in history(other)]
-    weights, others = (load_file(path / trainer.STATE) for path in (one, other))
+    weights, others = (load_file(path / state.STATE) for path in (one, other))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
         assert torch.allclose(tensor, others[name], atol=tolerance), name
@@ -104,9 +103,7 @@ def start(arguments, *launcher):
 
 
 def test_a_run_leaves_a_model_that_captions_and_a_record_of_itself(whole, root):
-    assert {"model.safetensors", "config.json", "vocabulary.json", "history.csv", "curves.png", "tensorboard"} < set(
-        os.listdir(whole)
-    )
+    assert {"model.safetensors", "history.csv", "curves.png", "tensorboard"} < set(os.listdir(whole))
     assert [row["stage"] for row in history(whole)] == ["frozen encoder"] * 2 + ["fine-tuning"] * 2 + [
         "self-critical"
     ] * 2
@@ -162,7 +159,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(option
             process = tiny.start(arguments)
             wanted = 4 * part + chance.randrange(4)  # of 24 saves: one a step and one an epoch
             while saves < wanted and process.is_alive():
-                if (now := modified(output / trainer.STATE)) != written:
+                if (now := modified(output / state.STATE)) != written:
                     written, saves = now, saves + 1
                 time.sleep(0.002)
             process.join(chance.uniform(0, 0.2 if wanted else 2))
@@ -218,7 +215,7 @@ def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_i
             process = tiny.start(arguments, errors=errors)
             wanted = 4 * part + chance.randrange(4)  # of 24 saves: one a step and one an epoch
             while saves < wanted and process.is_alive():
-                if (now := modified(output / trainer.STATE)) != written:
+                if (now := modified(output / state.STATE)) != written:
                     written, saves = now, saves + 1
                 time.sleep(0.002)
             process.join(chance.uniform(0, 0.2 if wanted else 2))
@@ -235,8 +232,8 @@ def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_i
             filled += 1
             if (output / "model.safetensors").exists():
                 assert load_checkpoint(output).about["training"]["output"] == str(output)
-            if (output / trainer.STATE).exists():
-                load_tensors(output / trainer.STATE)
+            if (output / state.STATE).exists():
+                load_tensors(output / state.STATE)
             assert not [path for folder in disk.iterdir() if folder.is_dir() for path in folder.glob(".*")]
             filler.unlink()
         filler.unlink(missing_ok=True)
@@ -277,8 +274,12 @@ def test_two_processes_compute_what_one_does(options, tmp_path):
 
 KINDS = {
     **{name: ["--attention", name] for name in MECHANISMS},
-    "transformer": ["--decoder", "transformer"],
-    "hard transformer": ["--decoder", "transformer", "--attention", "hard", "--hard-inference", "expectation"],
+    "multi_head": ["--attention", "multi_head", "--attention-options", "heads=2"],
+    "transformer": ["--decoder", "transformer", "--attention", "multi_head", "--attention-options", "heads=2"],
+    "hard transformer": [
+        *("--decoder", "transformer", "--attention", "hard"),
+        *("--attention-options", "inference=expectation", "--attention-options", "reinforce=0.2"),
+    ],
     "encoder self-attention": ["--encoder-self-attention", "1"],
 }
 
@@ -329,12 +330,11 @@ def test_every_kind_of_attention_is_trained_in_bfloat16_as_in_float32(options, t
 
 
 def test_the_models_own_words_take_the_place_of_peoples():
-    model = small_model(words=30).train()
+    model = small_model(words=30).train().requires_grad_(False)
     features = torch.randn(40, 6, model.encoder.channels)
     captions = torch.tensor([START, 7, 8, 9, END, PAD]).expand(40, 2, 6)
-    trainer_ = SimpleNamespace(model=model, read=lambda model, *read: model(*read))
     for share in (0.0, 0.5, 1.0):
-        inputs = trainer.Trainer.own_words(trainer_, features, captions, share)
+        inputs = objectives.replace_words(captions, model(features, captions), share)
         assert torch.equal(inputs[..., [0, 4, 5]], captions[..., [0, 4, 5]])
         assert (inputs[..., 1:4] >= len(SPECIAL)).all()
         other = (inputs != captions)[..., 1:4].float().mean()
@@ -380,7 +380,7 @@ def test_the_best_of_a_run_is_never_worse_than_the_model_it_started_from(
     options, whole, tmp_path, monkeypatch, later, kept
 ):
     scores = iter([0.5, later, 0.1])
-    monkeypatch.setattr(trainer, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
+    monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
     flags = ["--start-from", str(whole), "--epochs", "2", "--finetune-epochs", "0"]
     assert main([*options, *flags, "--output", str(tmp_path / "run")]) == 0
     best = Captioner.from_pretrained(tmp_path / "run")
@@ -390,11 +390,30 @@ def test_the_best_of_a_run_is_never_worse_than_the_model_it_started_from(
     assert same == (kept == "start")
 
 
+def test_the_self_critical_stage_begins_with_sharper_attention(options, whole, tmp_path, monkeypatch):
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
+    flags = ["--start-from", str(whole), "--epochs", "0", "--finetune-epochs", "0", "--scst-epochs", "1"]
+    assert main([*options, *flags, "--sharpen", "3", "--output", str(tmp_path / "run")]) == 0
+    before, after = (load_checkpoint(path).model.state_dict() for path in (whole, tmp_path / "run"))
+    for name, tensor in before.items():
+        factor = 3 if name == "decoder.attention.v.weight" else 1
+        assert torch.equal(factor * tensor, after[name]), name
+
+
+def test_of_equal_scores_the_earliest_model_is_kept(options, tmp_path, monkeypatch):
+    scores = iter([0.2, 0.5, 0.5, 0.4])
+    monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
+    flags = ["--epochs", "4", "--finetune-epochs", "0", "--output", str(tmp_path / "run")]
+    assert main([*options, *flags]) == 0
+    assert Captioner.from_pretrained(tmp_path / "run").about["dev"]["epoch"] == 2
+
+
 @pytest.mark.parametrize("kind", ["additive", "hard", "hard transformer", "encoder self-attention"])
 def test_captions_are_learnt_by_the_network_that_drew_them(options, tmp_path, monkeypatch, kind):
     """Without dropout, and from the regions that were drawn for them, in both passes alike."""
     drawn, checked = [], []
-    search, loss = trainer.sample, trainer.self_critical_loss
+    search, loss = self_critical.sample, self_critical.self_critical_loss
 
     def remembered(*arguments, **flags):
         drawn.append(search(*arguments, **flags))
@@ -405,13 +424,13 @@ def test_captions_are_learnt_by_the_network_that_drew_them(options, tmp_path, mo
         order = found.lengths.argsort(dim=1, descending=True)
         told = gather_rows(found.log_probabilities, order)[..., 1:]  # the first word is never the end
         steps = told.shape[2]
-        again = word_log_probabilities(output, excluded=(PAD, START, UNKNOWN))[..., 1 : 1 + steps]
+        again = output.log_probabilities(excluded=(PAD, START, UNKNOWN))[..., 1 : 1 + steps]
         assert torch.allclose(again, told, atol=1e-4)
         checked.append((output.choice_log_probability is not None, found.drawn is not None))
         return loss(output, *rest)
 
-    monkeypatch.setattr(trainer, "sample", remembered)
-    monkeypatch.setattr(trainer, "self_critical_loss", compared)
+    monkeypatch.setattr(self_critical, "sample", remembered)
+    monkeypatch.setattr(self_critical, "self_critical_loss", compared)
     flags = [*options, *KINDS[kind], "--epochs", "0", "--finetune-epochs", "0", "--scst-epochs", "1", "--heads", "2"]
     flags += ["--scst-search", "sample", "--dropout", "0.5", "--max-length", "8", "--scst-learning-rate", "1e-2"]
     flags += ["--composed", "0.4", "--scst-baseline", "greedy"]
@@ -429,10 +448,10 @@ def test_rewarded_captions_earn_more(options, whole, tmp_path):
 
 
 def test_a_run_is_never_overwritten_by_accident(options, whole, capsys):
-    before = (whole / trainer.STATE).read_bytes()
+    before = (whole / state.STATE).read_bytes()
     assert main([*options, *STAGES, "--output", str(whole)]) == 1
     assert "--resume" in capsys.readouterr().err
-    assert (whole / trainer.STATE).read_bytes() == before
+    assert (whole / state.STATE).read_bytes() == before
 
 
 def test_a_run_does_not_go_on_with_other_options(options, whole, capsys):
@@ -442,7 +461,7 @@ def test_a_run_does_not_go_on_with_other_options(options, whole, capsys):
 
 def test_a_run_from_before_an_option_was_there_goes_on(options, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
-    path = tmp_path / "run" / trainer.STATE
+    path = tmp_path / "run" / state.STATE
     tensors, metadata = load_tensors(path)
     config = json.loads(metadata["config"])
     del config["scheduled_sampling"]
@@ -461,27 +480,27 @@ def test_resuming_a_finished_run_changes_nothing(options, whole):
 def test_a_damaged_training_state_is_refused_by_name(options, whole, tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
-    (output / trainer.STATE).write_bytes((whole / trainer.STATE).read_bytes()[:5000])
+    (output / state.STATE).write_bytes((whole / state.STATE).read_bytes()[:5000])
     assert main([*options, *STAGES, "--output", str(output), "--resume"]) == 1
-    assert trainer.STATE in capsys.readouterr().err
+    assert state.STATE in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_batch(options, tmp_path, monkeypatch, capsys):
     calls = []
-    real = trainer.caption_loss
+    real = objectives.caption_loss
 
     def fails_later(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 5 else 1)
 
-    monkeypatch.setattr(trainer, "caption_loss", fails_later)
+    monkeypatch.setattr(objectives, "caption_loss", fails_later)
     output = tmp_path / "run"
     assert main([*options, *STAGES, "--output", str(output)]) == 1
     message = capsys.readouterr().err
     assert "loss is nan" in message
     assert ".png" in message
     monkeypatch.undo()
-    assert all(torch.isfinite(tensor).all() for tensor in load_file(output / trainer.STATE).values())
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(output / state.STATE).values())
     assert main([*options, *STAGES, "--output", str(output), "--resume"]) == 0
 
 
@@ -491,7 +510,7 @@ def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(
 ):
     """The disk is full as the state is saved after so many epochs; with 4 the new model is saved by then."""
     failed = []
-    real = trainer.save_tensors
+    real = state.save_tensors
 
     def full_later(path, tensors, metadata):
         if len(json.loads(metadata["progress"])["history"]) == epochs + 1 and not failed:
@@ -500,7 +519,7 @@ def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, tensors, metadata)
 
-    monkeypatch.setattr(trainer, "save_tensors", full_later)
+    monkeypatch.setattr(state, "save_tensors", full_later)
     output = tmp_path / "run"
     arguments = [*options, *STAGES, "--checkpoint-every", str(every), "--output", str(output)]
     assert main(arguments) == 1
@@ -532,7 +551,7 @@ def test_a_full_disk_for_the_record_of_a_run_is_one_clear_error(options, whole, 
 
 def test_a_stage_ends_when_the_score_no_longer_rises(options, tmp_path, monkeypatch):
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0])
-    monkeypatch.setattr(trainer, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
+    monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
     flags = ["--epochs", "8", "--finetune-epochs", "0", "--patience", "2"]
     assert main([*options, *flags, "--output", str(tmp_path / "run")]) == 0
     assert len(history(tmp_path / "run")) == 4
@@ -558,6 +577,8 @@ def test_images_that_cannot_be_read_are_reported_and_passed_over(options, tmp_pa
         (["--encoder", "mobilenet_v9"], "mobilenet_v9"),
         (["--encoder-weights", "nothing.pth"], "nothing.pth"),
         (["--encoder-self-attention", "1", "--heads", "3"], "size 16 cannot be divided into 3 heads"),
+        (["--attention-options", "heads=2"], "attention 'additive' has no option 'heads'"),
+        (["--attention", "multi_head", "--attention-options", "heads=3"], "cannot be divided into 3 heads"),
         (["--start-from", "/no/such/model"], "/no/such/model"),
         (["--device", "quantum"], "quantum"),
         (["--epochs", "0", "--finetune-from", "layer9"], "layer9"),

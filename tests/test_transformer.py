@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from captioner.config import ModelConfig
 from captioner.network.transformer import AnnotationLayer, AnnotationTransformer, TransformerDecoder, sinusoids
 from captioner.vocabulary import PAD, START
 
@@ -58,10 +59,11 @@ def test_regions_know_their_row_and_column():
     assert not torch.allclose(told[0], told[3], atol=1e-3)
 
 
-def decoder_of(attention="multi_head", layers=2, channels=SIZE, **options) -> TransformerDecoder:
+def decoder_of(attention="multi_head", channels=SIZE, **options) -> TransformerDecoder:
     torch.manual_seed(0)
-    decoder = TransformerDecoder(WORDS, channels, attention, SIZE, SIZE, layers=layers, heads=HEADS, **options)
-    return decoder.eval()
+    options = {"attention_options": {"heads": HEADS} if attention == "multi_head" else {}, **options}
+    sizes = {"hidden_size": SIZE, "attention_size": SIZE, "heads": HEADS}
+    return TransformerDecoder(ModelConfig(WORDS, attention=attention, **sizes, **options), channels).eval()
 
 
 def captions_of(images=2, rows=3, length=7):

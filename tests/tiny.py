@@ -106,18 +106,18 @@ def train(arguments: list[str], killed_at_image: int, errors: Path | None) -> No
     """Run training with as many threads as the tests, and end the process."""
     if errors:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
-    from training import batches
+    from training.data.images import ImageSource
     from training.train import main
 
     torch.set_num_threads(1)
     if killed_at_image:
-        one, read = batches.ImageSource.one, []
+        one, read = ImageSource.one, []
 
-        def one_or_die(self: batches.ImageSource, index: int, epoch: int) -> Image.Image:
+        def one_or_die(self: ImageSource, index: int, epoch: int) -> Image.Image:
             read.append(index)
             if len(read) == killed_at_image:
                 os.kill(os.getpid(), signal.SIGKILL)
             return one(self, index, epoch)
 
-        batches.ImageSource.one = one_or_die
+        ImageSource.one = one_or_die
     sys.exit(main(arguments))

@@ -1,8 +1,8 @@
 """Train every kind of attention under one budget and compare them:
 `python -m training.compare --data flickr8k=data/flickr8k --output runs/compare --seeds 0 1`.
 
-All other flags are those of `training.train` and hold for every kind. A comparison that was stopped goes on when
-the same command is given again.
+All other flags are those of `train` and apply to every kind, attention options to the kinds that have them. A
+comparison that was stopped continues when the same command is given again.
 """
 
 import argparse
@@ -27,27 +27,27 @@ from captioner.checkpoint import CheckpointError
 from captioner.files import replacing
 from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
-from training.config import TrainConfig, parse_arguments
-from training.datasets import CaptionedImage, DatasetError
-from training.distributed import Distributed, distributed
-from training.evaluate import evaluate
-from training.metrics import NEED_JAVA, mean_of_each
-from training.sources import read_sources
-from training.train import train
-from training.trainer import Interrupted, TrainingError
+from captioner.network.attention import MECHANISMS, MultiHeadAttention
+
+from . import command
+from .config import TrainConfig, parse_arguments
+from .data.items import CaptionedImage, DatasetError
+from .data.sources import read_sources
+from .distributed import Distributed, distributed
+from .evaluation import evaluate
+from .metrics import mean_of_each
+from .scorers import NEED_JAVA
+from .state import TrainingError
+from .train import train
+from .trainer import Interrupted
 
 log = logging.getLogger("training")
 
-# Every kind by the options that make it. What they share is said on the command line.
+# The options that make each kind: every attention mechanism, then the other places where attention can stand.
 KINDS: dict[str, dict[str, Any]] = {
-    "none": {"attention": "none"},
-    "additive": {"attention": "additive"},
-    "hard": {"attention": "hard"},
-    "dot": {"attention": "dot"},
-    "scaled_dot": {"attention": "scaled_dot"},
-    "multi_head": {"attention": "multi_head"},
-    "self_attention": {"attention": "additive", "encoder_self_attention": 2},
-    "transformer": {"decoder": "transformer"},
+    **{name: {"attention": name} for name in MECHANISMS},
+    "self_attention": {"encoder_self_attention": 2},
+    "transformer": {"decoder": "transformer", "attention": MultiHeadAttention.name},
 }
 SCORES = ("BLEU-4", "METEOR", "CIDEr")
 RESULT = "result.json"
@@ -56,8 +56,8 @@ RESULT = "result.json"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.compare",
-        description="Train every kind of attention under one budget and compare them. Further flags: training.train.",
+        prog=command("compare"),
+        description="Train every kind of attention under one budget and compare them. Further flags: those of `train`.",
         allow_abbrev=False,
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="default: all")
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(base: TrainConfig, options: argparse.Namespace, processes: Distributed) -> None:
-    """Train and measure what has not been yet, then write the table, the plot and the picture."""
+    """Train and measure the models that are missing, then write the table, the plot and the picture."""
     folder = Path(base.output)
     results: dict[str, list[dict[str, float]]] = {}
     for kind in options.kinds:
@@ -95,33 +95,37 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
         return
     rows = [summary(kind, of_kind) for kind, of_kind in results.items()]
     text = markdown(rows)
-    with replacing(folder / "compare.md", folder / "compare.csv", folder / "compare.png") as (table, data, plot):
-        table.write_text(text + "\n", "utf-8")
-        data.write_text(as_csv(results), "utf-8")
-        draw_scores(rows, plot)
+    with replacing(folder / "compare.md") as path:
+        path.write_text(text + "\n", "utf-8")
+    with replacing(folder / "compare.csv") as path:
+        path.write_text(as_csv(results), "utf-8")
+    with replacing(folder / "compare.png") as path:
+        draw_scores(rows, path)
     photo = Path(options.photo) if options.photo else photo_of(options.word, base)
     models = {kind: Captioner.from_pretrained(folder / f"{kind}-{options.seeds[0]}") for kind in options.kinds}
     picture = same_word(load_image(photo), options.sentence, options.word, models)
-    with replacing(folder / "maps.png") as (path,):
+    with replacing(folder / "maps.png") as path:
         picture.save(path, format="png")
     print(text)
     log.info("table, plot and picture: %s", folder)
 
 
 def run(base: TrainConfig, kind: str, seed: int, output: Path, processes: Distributed) -> dict[str, float]:
-    """The figures of one kind and one seed, from its folder where it has been trained and measured before."""
+    """The figures of one kind and one seed, read from its folder if it has been trained and measured before."""
     asked = {**dataclasses.asdict(base), **KINDS[kind], "seed": seed, "output": str(output), "resume": True}
+    own = MECHANISMS[asked["attention"]].option_defaults()
+    asked["attention_options"] = tuple(text for text in base.attention_options if text.partition("=")[0] in own)
     config = TrainConfig(**asked)
-    train(config, processes)  # returns at once where the run is at its end
+    train(config, processes)  # returns at once if the run is complete
     if processes.is_first and not (output / RESULT).exists():
-        with replacing(output / RESULT) as (path,):
+        with replacing(output / RESULT) as path:
             path.write_text(json.dumps(measure(config), indent=1) + "\n", "utf-8")
     processes.barrier()
     return dict(json.loads((output / RESULT).read_text("utf-8")))
 
 
 def measure(config: TrainConfig) -> dict[str, float]:
-    """What a trained model is worth on the dev images, beam 5, and what it cost.
+    """The scores of a trained model on the dev images (beam size 5), its size, and the time of an epoch.
 
     Scores and entropy are means over the data sets that have dev images; where there are several, the scores on each
     of them follow as "NAME CIDEr".
@@ -153,7 +157,7 @@ def measure(config: TrainConfig) -> dict[str, float]:
 
 
 def summary(kind: str, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The mean and the spread (standard deviation) of each figure over the seeds."""
+    """The mean and the standard deviation ("spread") of each figure over the seeds."""
     row: dict[str, Any] = {"kind": kind, "seeds": len(results)}
     for name in results[0]:
         values = [result[name] for result in results]
@@ -196,7 +200,7 @@ def as_csv(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of the scores of every kind, with their spread."""
+    """Draw the scores of every kind as bars, with their standard deviation."""
     from matplotlib.figure import Figure
 
     plot = Figure(figsize=(11, 3.6), layout="constrained")
@@ -213,7 +217,7 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def photo_of(word: str, config: TrainConfig) -> Path:
-    """The dev image in most of whose captions the word stands."""
+    """The dev image with the word in most of its captions."""
     items = [item for dataset in read_sources(config.data) for item in dataset.splits["dev"]]
 
     def mentions(item: CaptionedImage) -> int:
@@ -223,12 +227,12 @@ def photo_of(word: str, config: TrainConfig) -> Path:
 
 
 def same_word(photo: Image.Image, sentence: str, word: str, models: Mapping[str, Captioner]) -> Image.Image:
-    """One photograph with the map that each kind has for one word, said in the same sentence by all of them.
+    """One photograph with the map of each kind for one word, under teacher forcing with the same sentence.
 
     Args:
         photo: the photograph.
-        sentence, word: what is said, and the word in it whose maps are drawn.
-        models: by the name that is written over their map; all have the same encoder.
+        sentence, word: the caption that all read, and the word in it whose maps are drawn.
+        models: by the title of their map; all have the same encoder.
     """
     captions = [captioner.teacher_forced(photo, sentence) for captioner in models.values()]
     maps = np.stack([caption.attention[caption.index(word)] for caption in captions])

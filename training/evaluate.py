@@ -6,213 +6,42 @@ import json
 import logging
 import platform
 import sys
-import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from captioner.api import Captioner
-from captioner.captions import Caption
 from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
 from captioner.files import replacing
-from captioner.heatmap import shrink
-from captioner.images import ImageError
 from captioner.pretrained import DEFAULT_MODEL
-from training.config import add_data_flag
-from training.datasets import SPLITS, CaptionedImage, DatasetError
-from training.metrics import (
-    METRICS,
-    Calibration,
-    Scores,
-    attention_entropy,
-    calibration,
-    diversity,
-    mean_of_each,
-    score,
-)
-from training.pointing import all_maps, check_pointing
-from training.report import TILE, write_report
-from training.sources import read_sources, read_split
-from training.words import tokenize
+
+from . import command
+from .config import add_data_flag
+from .data.items import SPLITS, DatasetError
+from .data.sources import read_sources, read_split
+from .evaluation import captions_json, evaluate, evaluations_json, table
+from .pointing import check_pointing
+from .report import write_report
+from .words import tokenize
 
 log = logging.getLogger("training")
-
-# What the table shows beside the scores, and how.
-FIGURES = {
-    "distinct captions": "{:.0%}",
-    "captions of the training set": "{:.0%}",
-    "words in use": "{:.0f}",
-    "mean length": "{:.1f}",
-    "repeated pairs": "{:.1%}",
-    "attention entropy": "{:.2f}",
-    "attention entropy / maximum": "{:.0%}",
-    "images/s": "{:.1f}",
-}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model said of a split of one data set with one beam size, and what that is worth.
-
-    captions: image's path -> its caption; the photograph in it is as small as the report shows it.
-    figures: what overlap with references does not tell; see `training.metrics.diversity` and `attention_entropy`.
-    calibration: how the captions' own CIDEr goes with the model's confidence.
-    unreadable: a message for each image that was passed over.
-    """
-
-    beam_size: int
-    captions: dict[str, Caption]
-    scores: Scores
-    figures: dict[str, float]
-    calibration: Calibration
-    images_per_second: float
-    unreadable: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures, ready for JSON."""
-        return {
-            "beam_size": self.beam_size,
-            "images": len(self.captions),
-            "scores": self.scores.corpus,
-            "left_out": self.scores.left_out,
-            **self.figures,
-            "calibration": dataclasses.asdict(self.calibration),
-            "images_per_second": self.images_per_second,
-            "unreadable": self.unreadable,
-        }
-
-
-def evaluate(
-    captioner: Captioner,
-    items: Sequence[CaptionedImage],
-    beam_size: int,
-    batch_size: int = 32,
-    known: Collection[tuple[str, ...]] | None = None,
-    **options: Any,
-) -> Evaluation:
-    """Caption every image and score the captions. The time counts reading the images, not the scoring.
-
-    Args:
-        captioner: the model.
-        items: images with the captions people wrote.
-        beam_size, batch_size, options: see `Captioner.caption`.
-        known: the captions of the training set, as words.
-
-    Raises:
-        ValueError: no image could be read.
-    """
-    captions: dict[str, Caption] = {}
-    unreadable: list[str] = []
-    started = time.perf_counter()
-    found = captioner.stream(
-        (item.path for item in items), beam_size=beam_size, batch_size=batch_size, alternatives=0, **options
-    )
-    progress = tqdm(found, f"beam {beam_size}", len(items), disable=not sys.stderr.isatty())
-    for item, result in zip(items, progress, strict=True):
-        if isinstance(result, ImageError):
-            log.warning("skipped: %s", result)
-            unreadable.append(str(result))
-        else:
-            # There are thousands, and the report shows no more of a photograph than this.
-            captions[str(item.path)] = dataclasses.replace(result, image=shrink(result.image, TILE))
-    seconds = time.perf_counter() - started
-    if not captions:
-        raise ValueError(f"none of the {len(items)} images could be read")
-    references = {str(item.path): item.captions for item in items if str(item.path) in captions}
-    scores = score({path: str(caption) for path, caption in captions.items()}, references)
-    figures = diversity([caption.words for caption in captions.values()], known)
-    maps = all_maps([caption for caption in captions.values() if caption.words])
-    figures["attention entropy"], figures["attention entropy / maximum"] = attention_entropy(maps)
-    own = calibration(
-        [caption.confidence for caption in captions.values()], [scores.per_image[path]["CIDEr"] for path in captions]
-    )
-    return Evaluation(beam_size, captions, scores, figures, own, len(captions) / seconds, unreadable)
-
-
-def all_together(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
-    """The figures of variety over the captions of all data sets, which are not the means of those of each."""
-    figures = diversity([caption.words for one in evaluations.values() for caption in one.captions.values()])
-    return {name: figures[name] for name in ("distinct captions", "words in use")}
-
-
-def evaluations_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """The figures with one beam size: of each data set, their means, and those of all captions together."""
-    of_sets = list(evaluations.values())
-    return {
-        "beam_size": of_sets[0].beam_size,
-        "sets": {name: one.to_dict() for name, one in evaluations.items()},
-        "mean": {
-            "scores": mean_of_each([one.scores.corpus for one in of_sets]),
-            **mean_of_each([one.figures for one in of_sets]),
-        },
-        "all together": all_together(evaluations),
-    }
-
-
-def captions_json(evaluation: Evaluation, items: Sequence[CaptionedImage]) -> list[dict[str, Any]]:
-    """Every image with its caption, what people wrote, and the caption's own scores."""
-    return [
-        {
-            "data": item.dataset,
-            "image": item.path.name,
-            **evaluation.captions[str(item.path)].to_dict(),
-            "references": list(item.captions),
-            "scores": evaluation.scores.per_image[str(item.path)],
-        }
-        for item in items
-        if str(item.path) in evaluation.captions
-    ]
-
-
-def table(beams: Sequence[Mapping[str, Evaluation]]) -> str:
-    """The figures of several beam sizes as Markdown; scores times 100, as papers give them.
-
-    Args:
-        beams: for each beam size, the evaluation of each data set by its name. Where there are several, rows with
-            their means and with the figures of all captions together follow.
-    """
-    rows: list[tuple[str, int, dict[str, float]]] = []
-    for evaluations in beams:
-        beam_size = next(iter(evaluations.values())).beam_size
-        of_sets = [
-            {**one.scores.corpus, **one.figures, "images/s": one.images_per_second} for one in evaluations.values()
-        ]
-        rows += [(name, beam_size, figures) for name, figures in zip(evaluations, of_sets, strict=True)]
-        if len(of_sets) > 1:
-            rows.append(("mean", beam_size, mean_of_each(of_sets)))
-            rows.append(("all together", beam_size, all_together(evaluations)))
-    names = [name for name in (*METRICS, *FIGURES) if any(name in figures for _, _, figures in rows)]
-    lines = [f"| data | beam | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for label, beam_size, figures in rows:
-        cells = [cell(name, figures[name]) if name in figures else "" for name in names]
-        lines.append(f"| {label} | {beam_size} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def cell(name: str, value: float) -> str:
-    """A figure as the table shows it."""
-    return FIGURES[name].format(value) if name in FIGURES else f"{100 * value:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate",
+        prog=command("evaluate"),
         description="Caption a split of one or several data sets and score the captions.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
     add_data_flag(parser)
-    parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of the data sets")
+    parser.add_argument("--split", default="dev", choices=SPLITS, help="split of the data sets")
     parser.add_argument("--beam-size", type=positive, nargs="+", default=[1, 3, 5], metavar="K", help="beam sizes")
     parser.add_argument("--length-penalty", type=float, help="see Captioner.caption")
     parser.add_argument("--batch-size", type=positive, default=32, help="images that go through the network together")
-    parser.add_argument("--limit", type=positive, help="only so many images of each data set, the first ones")
+    parser.add_argument("--limit", type=positive, help="at most this number of images of each data set, the first ones")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     parser.add_argument("--output", help="folder of the report; default: evaluation-SPLIT in the model's")
     options = parser.parse_args(arguments)
@@ -226,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Evaluate a model, print the table, and write the figures, the captions and the report."""
     captioner = Captioner.from_pretrained(options.model, options.device)
     datasets = read_sources(options.data)
     sets = read_split(datasets, options.split, options.limit)
     home = Path(options.model) if Path(options.model).is_dir() else Path()
     folder = Path(options.output or home / f"evaluation-{options.split}")
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the captioning, not after
+    folder.mkdir(parents=True, exist_ok=True)  # an error is raised before the captioning, not after
     search = {} if options.length_penalty is None else {"length_penalty": options.length_penalty}
     train = [caption for dataset in datasets for item in dataset.splits["train"] for caption in item.captions]
     known = {tuple(tokenize(caption)) for caption in train} or None
@@ -268,9 +97,9 @@ def run(options: argparse.Namespace) -> None:
         "evaluations": [evaluations_json(evaluations) for evaluations in beams],
     }
     captions = [entry for name, items in sets.items() for entry in captions_json(widest[name], items)]
-    with replacing(folder / "scores.json", folder / "captions.json") as (scores_path, captions_path):
-        scores_path.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        captions_path.write_text(json.dumps(captions, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    for name, values in (("scores.json", figures), ("captions.json", captions)):
+        with replacing(folder / name) as path:
+            path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
     title = f"{options.model} on {' and '.join(sets)} {options.split}"
     write_report(folder / "report.html", title, table(beams), {name: (widest[name], sets[name]) for name in sets})
     log.info("report: %s", folder / "report.html")

@@ -1,308 +1,25 @@
-"""Scores of captions, the field's way: pycocoevalcap's own code, and nothing left out without saying so."""
+"""Statistics of captions and of attention: variety, repetitions, entropy, calibration of the confidence."""
 
-import contextlib
-import io
 import math
-import shutil
-import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest import mock
 
 import numpy as np
 
-from training.words import tokenize
-
-BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")
-METRICS = (*BLEU, "METEOR", "ROUGE-L", "CIDEr", "SPICE")
-NEED_JAVA = ("METEOR", "SPICE")
-NO_JAVA = "it runs on Java, and there is no `java` command here (Debian: apt install default-jre-headless)"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What captions are worth against their references; fractions, as the scorer gives them.
-
-    corpus: metric -> score of all captions together.
-    per_image: image -> metric -> score of its caption.
-    left_out: metric, or "tokenizer" -> why it could not be had.
-    """
-
-    corpus: dict[str, float]
-    per_image: dict[Hashable, dict[str, float]]
-    left_out: dict[str, str] = field(default_factory=dict)
-
-
-def score(
-    candidates: Mapping[Any, str], references: Mapping[Any, Sequence[str]], metrics: Iterable[str] | None = None
-) -> Scores:
-    """Score one caption an image against its references with pycocoevalcap.
-
-    Captions are tokenised by the scorer's PTB tokenizer, which needs Java; without Java by NLTK's, which differs in
-    about one caption of 3,000, and METEOR and SPICE are left out. SPICE also needs Stanford CoreNLP, which
-    `python -m pycocoevalcap.spice.get_stanford_models` downloads.
-
-    Args:
-        candidates: image -> caption.
-        references: image -> captions that people wrote; the same images, at least one caption each.
-        metrics: those wanted, of `METRICS`; all by default.
-
-    Raises:
-        ValueError: the two do not have the same images, there is none, one has no reference, or there is no such
-            metric.
-    """
-    if not candidates or candidates.keys() != references.keys():
-        raise ValueError(
-            f"{len(candidates)} captions and references for {len(references)} images: "
-            "they should be for the same images, and at least one"
-        )
-    for key, of_image in references.items():
-        if not of_image:
-            raise ValueError(f"{key} has no reference caption")
-    wanted = set(METRICS if metrics is None else metrics)
-    if unknown := wanted - set(METRICS):
-        raise ValueError(f"there is no metric {', '.join(sorted(unknown))}; there are {', '.join(METRICS)}")
-
-    no_java = why_no_java()
-    truths, hypotheses, left_out = tokenise(candidates, references, no_java)
-    corpus: dict[str, float] = {}
-    per_image: dict[Hashable, dict[str, float]] = {key: {} for key in candidates}
-    for names, scorer in SCORERS.items():
-        asked = [name for name in names if name in wanted]
-        try:
-            found = run_scorer(names, scorer, truths, hypotheses, no_java) if asked else {}
-        except CannotScore as error:
-            left_out.update({name: str(error) for name in asked})
-            continue
-        for name in asked:
-            corpus[name], singles = found[name]
-            for key, value in zip(truths, singles, strict=True):
-                per_image[key][name] = value
-    return Scores(corpus, per_image, left_out)
-
-
-Tokenised = Mapping[Any, Sequence[str]]
-Scored = tuple[Sequence[float], Sequence[Sequence[float]]]
-
-
-class CannotScore(RuntimeError):
-    """A metric that this machine cannot compute; the message says why."""
-
-
-def run_scorer(
-    names: Sequence[str],
-    scorer: Callable[[Tokenised, Tokenised], Scored],
-    truths: Tokenised,
-    hypotheses: Tokenised,
-    no_java: str | None,
-) -> dict[str, tuple[float, list[float]]]:
-    """What a scorer gives for the metrics of these names: metric -> of all captions together, and of each.
-
-    Raises:
-        CannotScore: it does not run here.
-    """
-    if no_java and names[0] in NEED_JAVA:
-        raise CannotScore(no_java)
-    # The scorers print their progress; standard output belongs to the program that asked for scores.
-    with contextlib.redirect_stdout(io.StringIO()):
-        totals, singles = scorer(truths, hypotheses)
-    return {
-        name: (float(total), [float(value) for value in of_images])
-        for name, total, of_images in zip(names, totals, singles, strict=True)
-    }
-
-
-def tokenise(
-    candidates: Mapping[Any, str], references: Mapping[Any, Sequence[str]], no_java: str | None
-) -> tuple[Tokenised, Tokenised, dict[str, str]]:
-    """References and captions tokenised, and what had to be left out for it."""
-    lists = {key: [caption] for key, caption in candidates.items()}
-    try:
-        if no_java:
-            raise CannotScore(no_java)
-        return ptb_tokenize(references), ptb_tokenize(lists), {}
-    except CannotScore as error:
-        left_out = {"tokenizer": f"the PTB tokenizer is replaced by NLTK's: {error}"}
-        return nltk_tokenize(references), nltk_tokenize(lists), left_out
-
-
-def ptb_tokenize(captions: Mapping[Any, Sequence[str]]) -> dict[Any, list[str]]:
-    """Captions tokenised as all published scores are, by Stanford's PTB tokenizer (Java).
-
-    Raises:
-        CannotScore: it fails, or cannot write the temporary file that it puts into its own folder.
-    """
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    try:
-        found = PTBTokenizer().tokenize(
-            {key: [{"caption": " ".join(text.split())} for text in of_image] for key, of_image in captions.items()}
-        )
-    except (OSError, ValueError) as error:
-        raise CannotScore(f"it failed: {error}") from error
-    if [len(found.get(key, ())) for key in captions] != [len(of_image) for of_image in captions.values()]:
-        raise CannotScore("its Java program failed and returned too few captions")
-    return found
-
-
-def nltk_tokenize(captions: Mapping[Any, Sequence[str]]) -> dict[Any, list[str]]:
-    """Captions tokenised without Java."""
-    return {key: [" ".join(tokenize(caption)) for caption in of_image] for key, of_image in captions.items()}
-
-
-def why_no_java() -> str | None:
-    """Why Java programs cannot run here, None where they can: some systems have a `java` that only says it is none."""
-    if not shutil.which("java"):
-        return NO_JAVA
-    try:
-        subprocess.run(["java", "-version"], check=True, capture_output=True, timeout=60)
-    except subprocess.CalledProcessError as error:
-        return f"it runs on Java, and the `java` command here fails: {first_line(error.stderr) or error}"
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"it runs on Java, and the `java` command here fails: {error}"
-    return None
-
-
-def first_line(printed: bytes | None) -> str:
-    """The first line that a program printed, empty where it printed none."""
-    return (printed or b"").decode(errors="replace").strip().partition("\n")[0]
-
-
-def time_limit(images: int) -> float:
-    """Seconds after which a Java program is taken to hang: many times what it needs."""
-    return 600 + images
-
-
-def bleu(truths: Tokenised, hypotheses: Tokenised) -> Scored:
-    """BLEU-1 to BLEU-4 (Papineni et al. 2002)."""
-    from pycocoevalcap.bleu.bleu import Bleu
-
-    return Bleu(4).compute_score(truths, hypotheses, verbose=0)
-
-
-def rouge(truths: Tokenised, hypotheses: Tokenised) -> Scored:
-    """ROUGE-L (Lin 2004)."""
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    total, singles = Rouge().compute_score(truths, hypotheses)
-    return [total], [singles]
-
-
-def cider(truths: Tokenised, hypotheses: Tokenised) -> Scored:
-    """CIDEr with the document frequencies of the references themselves (Vedantam et al. 2015)."""
-    from pycocoevalcap.cider.cider import Cider
-
-    total, singles = Cider().compute_score(truths, hypotheses)
-    return [total], [singles]
-
-
-def meteor(truths: Tokenised, hypotheses: Tokenised) -> Scored:
-    """METEOR 1.5 (Denkowski and Lavie 2014), by its Java program, which has ended when this returns or raises."""
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    scorer, seconds, started = Meteor(), time_limit(len(truths)), time.monotonic()
-    watchdog = threading.Timer(seconds, scorer.meteor_p.kill)
-    watchdog.start()
-    try:
-        total, singles = scorer.compute_score(truths, hypotheses)
-    except (OSError, ValueError) as error:
-        if time.monotonic() - started >= seconds:
-            raise CannotScore(f"its Java program took longer than {seconds:g} seconds") from error
-        raise CannotScore(f"its Java program failed: {first_line(end(scorer.meteor_p)) or error}") from error
-    finally:
-        watchdog.cancel()
-        end(scorer.meteor_p)
-        # Meteor.__del__ waits for the lock, for ever where scoring failed while it was held.
-        scorer.lock = threading.Lock()
-    return [total], [singles]
-
-
-def end(process: subprocess.Popen[bytes]) -> bytes:
-    """End a program, close its pipes, and give what it printed to standard error (once; then nothing)."""
-    process.kill()
-    if process.stdin is None or process.stdin.closed:
-        return b""
-    return process.communicate()[1]
-
-
-def spice(truths: Tokenised, hypotheses: Tokenised) -> Scored:
-    """SPICE (Anderson et al. 2016), by its Java program, where that and what it needs are installed."""
-    import pycocoevalcap.spice.spice as package
-    from pycocoevalcap.spice.get_stanford_models import JAR
-
-    libraries = Path(package.__file__).parent / "lib"
-    if not all((libraries / name).exists() for name in (f"{JAR}.jar", f"{JAR}-models.jar")):
-        raise CannotScore("it needs Stanford CoreNLP; `python -m pycocoevalcap.spice.get_stanford_models` downloads it")
-    seconds = time_limit(len(truths))
-
-    def run(command: Sequence[str], cwd: str) -> None:
-        subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=seconds)
-
-    # SPICE gives its scores in the order of the sorted images.
-    numbered = {f"{number:09d}": key for number, key in enumerate(truths)}
-    try:
-        # As it stands it may hang, prints to standard output, and leaves files in its own folder where it fails.
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            mock.patch.multiple(package, subprocess=SimpleNamespace(check_call=run), TEMP_DIR=folder),
-        ):
-            total, singles = package.Spice().compute_score(
-                {number: truths[key] for number, key in numbered.items()},
-                {number: hypotheses[key] for number, key in numbered.items()},
-            )
-    except subprocess.TimeoutExpired as error:
-        raise CannotScore(f"its Java program took longer than {seconds:g} seconds") from error
-    except (OSError, ValueError, KeyError, subprocess.CalledProcessError) as error:
-        why = first_line(getattr(error, "stderr", None)) or error
-        raise CannotScore(f"its Java program failed; it was written for Java 8: {why}") from error
-    return [total], [[single["All"]["f"] for single in singles]]
-
-
-SCORERS: dict[tuple[str, ...], Callable[[Tokenised, Tokenised], Scored]] = {
-    BLEU: bleu,
-    ("METEOR",): meteor,
-    ("ROUGE-L",): rouge,
-    ("CIDEr",): cider,
-    ("SPICE",): spice,
-}
-
-
-def quick_scores(
-    candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
-) -> dict[str, float]:
-    """BLEU-1 to 4 and CIDEr of captions that are words already, for choosing a model while it trains.
-
-    Args:
-        candidates: one caption an image, as words.
-        references: several an image, as words.
-
-    Returns:
-        Metric -> score, by pycocoevalcap's code, without Java.
-    """
-    hypotheses = {number: [" ".join(words)] for number, words in enumerate(candidates)}
-    truths = {number: [" ".join(words) for words in of_image] for number, of_image in enumerate(references)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        scores = dict(zip(BLEU, map(float, bleu(truths, hypotheses)[0]), strict=True))
-        return scores | {"CIDEr": float(cider(truths, hypotheses)[0][0])}
+from captioner.captions import Caption
 
 
 def diversity(captions: Sequence[Sequence[str]], known: Collection[tuple[str, ...]] | None = None) -> dict[str, float]:
-    """What overlap with references does not tell of captions.
+    """Statistics of captions that do not depend on references.
 
     Args:
         captions: one an image, as words.
-        known: the captions of the training set, as words; None where they are not at hand.
+        known: the captions of the training set, as words; None if they are not available.
 
     Returns:
-        The share of distinct captions, the number of words in use, the mean length in words, the share of each
-        caption's pairs of words that it has said before, and the share of captions that stand in the training set.
+        The share of distinct captions, the number of different words, the mean length in words, the share of bigrams
+        that occur earlier in the same caption, and the share of captions that occur in the training set.
     """
     count = max(len(captions), 1)
     pairs = [list(pairwise(words)) for words in captions]
@@ -326,15 +43,20 @@ def mean_of_each(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
 
 
+def all_maps(captions: Sequence[Caption]) -> list[np.ndarray]:
+    """The maps of each caption, (T, rows, columns), or (T, heads, rows, columns) where there are several heads."""
+    return [caption.attention if caption.head_attention is None else caption.head_attention for caption in captions]
+
+
 def attention_entropy(maps: Sequence[np.ndarray]) -> tuple[float, float]:
-    """How widely attention is spread: the mean of - sum_i alpha_i ln alpha_i over all words and heads.
+    """Entropy of attention: the mean of - sum_i alpha_i ln alpha_i over all words and heads.
 
     Args:
         maps: of each caption (T, ..., rows, columns).
 
     Returns:
-        The entropy in nats, 0 where every word sees one region, and its share of the maximum, which is the logarithm
-        of the number of regions, reached where all words see all regions alike.
+        The entropy in nats, and its share of the maximum. It is 0 if all weight is on one region at every word; the
+        maximum, the logarithm of the number of regions, is reached if all weights are equal.
     """
     flat = np.concatenate([of_one.reshape(-1, of_one.shape[-2] * of_one.shape[-1]) for of_one in maps])
     entropy = float(-(flat * np.log(np.maximum(flat, 1e-30))).sum(axis=1).mean())
@@ -343,11 +65,11 @@ def attention_entropy(maps: Sequence[np.ndarray]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the quality of captions goes with the model's confidence in them.
+    """The relation of captions' quality to the model's confidence in them.
 
-    correlation: Spearman's, -1 to 1, of confidence and CIDEr.
-    groups: from the least to the most confident tenth: the lowest confidence, the mean one, the mean CIDEr, and the
-        mean CIDEr of all captions that are at least as confident.
+    correlation: Spearman's rank correlation of confidence and CIDEr, -1 to 1.
+    groups: for each tenth of the captions, from the least to the most confident: the lowest and the mean confidence,
+        the mean CIDEr, and the mean CIDEr of all captions that are at least as confident.
     """
 
     correlation: float
@@ -355,12 +77,12 @@ class Calibration:
 
 
 def calibration(confidence: Sequence[float], quality: Sequence[float], groups: int = 10) -> Calibration:
-    """See `Calibration`.
+    """The calibration of a model's confidence; see `Calibration`.
 
     Args:
         confidence: of each caption, 0 to 1.
-        quality: the caption's own CIDEr.
-        groups: how many to make, as equal as can be; fewer where there are fewer captions.
+        quality: CIDEr of each caption.
+        groups: number of groups of about equal size; fewer if there are fewer captions.
     """
     sure, good = np.asarray(confidence, dtype=float), np.asarray(quality, dtype=float)
     ranks = [np.searchsorted(np.sort(x), x) + np.searchsorted(np.sort(x), x, side="right") for x in (sure, good)]

@@ -1,24 +1,21 @@
-"""The page that shows an evaluation: photographs, captions, references and heatmaps, worst and best first."""
+"""The report of an evaluation as an HTML page: photographs, captions, references and heatmaps, worst and best first."""
 
 import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from captioner.captions import Caption
 from captioner.files import replacing
 from captioner.heatmap import shrink
-from training.datasets import CaptionedImage
 
-if TYPE_CHECKING:
-    from training.evaluate import Evaluation
-    from training.metrics import Calibration
+from .data.items import CaptionedImage
+from .evaluation import PREVIEW, Evaluation
+from .metrics import Calibration
 
-TILE = 160  # pixels, the width of a photograph in the report
 STYLE = """
 :root { color-scheme: light dark }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1rem }
@@ -37,10 +34,10 @@ def write_report(
     path: Path,
     title: str,
     table: str,
-    evaluations: Mapping[str, tuple["Evaluation", Sequence[CaptionedImage]]],
+    evaluations: Mapping[str, tuple[Evaluation, Sequence[CaptionedImage]]],
     most: int = 50,
 ) -> None:
-    """Write one page that needs no other file and no network.
+    """Write an HTML page that needs no other file and no network.
 
     Args:
         path: the page's file.
@@ -71,12 +68,12 @@ def write_report(
 <p>Below: beam {beam_size}, ranked by each caption's own CIDEr. {contents}</p>
 {sections}</body></html>
 """
-    with replacing(path) as (temporary,):
+    with replacing(path) as temporary:
         temporary.write_text(page, "utf-8")
 
 
-def section(name: str, number: int, evaluation: "Evaluation", items: Sequence[CaptionedImage], most: int) -> str:
-    """One data set: how far its confidence goes, then its worst and its best captions."""
+def section(name: str, number: int, evaluation: Evaluation, items: Sequence[CaptionedImage], most: int) -> str:
+    """One data set: the calibration of the confidence, then the worst and the best captions."""
     scores = evaluation.scores.per_image
     shown = [item for item in items if str(item.path) in evaluation.captions]
     ranked = sorted(shown, key=lambda item: scores[str(item.path)]["CIDEr"])
@@ -87,8 +84,8 @@ def section(name: str, number: int, evaluation: "Evaluation", items: Sequence[Ca
     return "".join(parts)
 
 
-def calibration_table(name: str, calibration: "Calibration") -> str:
-    """How far the model's confidence can be trusted, for choosing a threshold."""
+def calibration_table(name: str, calibration: Calibration) -> str:
+    """The calibration of the model's confidence, for choosing a threshold."""
     lines = ["| confidence from | mean confidence | CIDEr | CIDEr of these and all surer ones |", "|---|---|---|---|"]
     for group in calibration.groups:
         cells = (group["confidence from"], group["mean confidence"], 100 * group["CIDEr"])
@@ -101,10 +98,10 @@ from the first column; the last one says what is left.</p>
 
 
 def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> str:
-    """One photograph with all there is to say of it."""
+    """One photograph with its caption, scores, heatmaps and references."""
     references = "".join(f"<li>{html.escape(reference)}</li>" for reference in item.captions)
     figures = " · ".join(f"{name} {100 * value:.0f}" for name, value in scores.items() if name[:4] != "BLEU")
-    picture = caption.figure(tile=TILE) if caption.words else shrink(caption.image, TILE)
+    picture = caption.figure(tile=PREVIEW) if caption.words else shrink(caption.image, PREVIEW)
     return f"""<article>
 <h3>{html.escape(caption.sentence())}</h3>
 <p class="scores">{html.escape(item.path.name)} · {figures} · confidence {caption.confidence:.2f}</p>
@@ -115,7 +112,7 @@ def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> s
 
 
 def data_uri(picture: Image.Image) -> str:
-    """A picture as a JPEG inside an address."""
+    """A picture as a data URI of type JPEG."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

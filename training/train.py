@@ -4,30 +4,32 @@ The same command under `torchrun --nproc-per-node N -m training.train ...` train
 """
 
 import dataclasses
-import gzip
 import logging
 import math
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from captioner.api import find_model
 from captioner.checkpoint import CheckpointError, load_checkpoint
+from captioner.config import ModelConfig
 from captioner.images import Preprocessing
+from captioner.network.attention import parse_options
 from captioner.network.encoder import normalisation
-from captioner.network.model import ModelConfig, ShowAttendTell
+from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import Vocabulary
-from training.batches import BlankSource, FeatureSource, ImageSource, MapSource, Source, encode_captions
-from training.config import TrainConfig, data_weights, parse_arguments
-from training.datasets import CaptionedImage, DatasetError
-from training.distributed import Distributed, distributed
-from training.features import cached_maps, readable
-from training.sources import read_sources
-from training.trainer import Interrupted, Stage, Trainer, TrainingError
-from training.words import tokenize
+
+from .config import TrainConfig, data_weights, parse_arguments
+from .data.features import readable
+from .data.items import CaptionedImage, DatasetError
+from .data.sources import read_sources
+from .distributed import Distributed, distributed
+from .stages import plan
+from .state import TrainingError
+from .trainer import Interrupted, Trainer
+from .words import tokenize
 
 log = logging.getLogger("training")
 
@@ -35,7 +37,7 @@ log = logging.getLogger("training")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
     config = parse_arguments(arguments)
-    # Of several processes one speaks.
+    # Of several processes one logs.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     try:
@@ -51,9 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: TrainConfig, processes: Distributed) -> float:
-    """Train as `config` says, and leave the best model in its output folder. Returns that model's dev score."""
+    """Train with the given options and save the best model in the output folder. Returns that model's dev score.
+
+    Raises:
+        TrainingError: the run cannot be resumed, the loss is not finite, or the disk is full.
+        Interrupted: SIGINT or SIGTERM came; the state has been saved first.
+        DatasetError, CheckpointError, ValueError, OSError: an input cannot be used.
+    """
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
+    parse_options(config.attention, config.attention_options)  # an unknown one is refused before any image is read
     train_items, dev_items = load_items(config, processes)
     if config.start_from:
         start = load_checkpoint(find_model(config.start_from))
@@ -84,96 +93,8 @@ def train(config: TrainConfig, processes: Distributed) -> float:
     return best
 
 
-def plan(
-    config: TrainConfig,
-    model: ShowAttendTell,
-    vocabulary: Vocabulary,
-    preprocessing: Preprocessing,
-    train_items: list[CaptionedImage],
-    dev_items: list[CaptionedImage],
-    processes: Distributed,
-) -> list[Stage]:
-    """The stages that the config asks for, with where their images come from."""
-    cache = Path(config.cache) if config.cache else default_cache()
-    plain, plain_dev = (ImageSource(items, preprocessing, augment=False) for items in (train_items, dev_items))
-    augmented = ImageSource(
-        train_items, preprocessing, config.augment, config.seed, config.crop_area, config.colour_change
-    )
-    frozen: tuple[Source, Source] = (plain, plain_dev)
-    photographs: tuple[Source, Source] = (augmented, plain_dev)
-    # As long as nothing has tuned the encoder, what it gives for an image need not be computed again.
-    tuned = bool(config.finetune_epochs or config.scst_encoder_learning_rate)
-    if config.views:
-        model.encoder.split(config.finetune_from)
-        views = [(plain, 0)] + [(augmented, view) for view in range(1, config.views)]
-        maps = [
-            cached_maps(model.encoder, source, cache, processes, view, below=True)
-            for source, view in [*views, (plain_dev, 0)]
-        ]
-        photographs = frozen = (MapSource(maps[:-1]), MapSource(maps[-1:]))
-    elif config.epochs > 0 or (config.scst_epochs > 0 and not tuned):
-        train_features, dev_features = (
-            cached_maps(model.encoder, source, cache, processes) for source in (plain, plain_dev)
-        )
-        frozen = (FeatureSource(train_features), FeatureSource(dev_features))
-    stages = []
-    if config.language and config.language_epochs > 0:
-        captions = language_captions(Path(config.language), vocabulary, config.max_length)
-        blank = BlankSource(model.encoder.channels)
-        stages.append(
-            Stage(
-                "language", config.language_epochs, config.learning_rate, 0.0, None, blank, frozen[1], captions=captions
-            )
-        )
-    if config.epochs > 0:
-        stages.append(Stage("frozen encoder", config.epochs, config.learning_rate, 0.0, None, *frozen))
-    if config.finetune_epochs > 0:
-        stages.append(
-            Stage(
-                "fine-tuning",
-                config.finetune_epochs,
-                config.finetune_learning_rate,
-                config.encoder_learning_rate,
-                config.finetune_from,
-                *photographs,
-            )
-        )
-    if config.scst_epochs > 0:
-        train, dev = photographs if tuned else frozen
-        stages.append(
-            Stage(
-                "self-critical",
-                config.scst_epochs,
-                config.scst_learning_rate,
-                config.scst_encoder_learning_rate,
-                config.finetune_from if config.scst_encoder_learning_rate else None,
-                train,
-                dev,
-                self_critical=True,
-            )
-        )
-    return stages
-
-
-def language_captions(path: Path, vocabulary: Vocabulary, max_length: int) -> list[list[list[int]]]:
-    """Ids of the captions in a text file, one a line and perhaps compressed by gzip, in groups of five.
-
-    Raises:
-        DatasetError: the file cannot be read or has no caption.
-    """
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"cannot read the captions in {path}: {error}") from error
-    if not lines:
-        raise DatasetError(f"{path} holds no caption")
-    groups = [CaptionedImage(path, tuple(lines[first : first + 5])) for first in range(0, len(lines), 5)]
-    return [encode_captions(group, vocabulary, max_length) for group in groups]
-
-
 def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
-    """The training and dev items that can be used; what cannot is counted and reported."""
+    """The training and dev items whose images are readable; the others are logged and counted."""
     datasets = read_sources(config.data)
     if unknown := data_weights(config).keys() - {dataset.name for dataset in datasets}:
         raise DatasetError(f"data_weight names {', '.join(sorted(unknown))}, which is no data set of this run")
@@ -226,13 +147,13 @@ def warn_of_small_data(items: Sequence[CaptionedImage], vocabulary: Vocabulary, 
 
 
 def build_preprocessing(config: TrainConfig) -> Preprocessing:
-    """How the encoder's weights expect their images, at the size asked for."""
+    """The preprocessing that the encoder's weights were trained with, at the configured size."""
     mean, std = normalisation(config.encoder, config.encoder_weights or None)
     return Preprocessing((config.image_size, config.image_size), mean, std)
 
 
 def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
-    """A new model of the sizes asked for, its encoder pretrained."""
+    """A new model of the configured sizes, its encoder pretrained."""
     return ShowAttendTell(
         ModelConfig(
             vocabulary_size=vocabulary_size,
@@ -240,8 +161,8 @@ def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
             node=config.node,
             grid=(config.grid, config.grid),
             decoder=config.decoder,
-            attention=config.attention or {"transformer": "multi_head"}.get(config.decoder, "additive"),
-            hard_inference=config.hard_inference,
+            attention=config.attention,
+            attention_options=parse_options(config.attention, config.attention_options),
             encoder_self_attention=config.encoder_self_attention,
             heads=config.heads,
             layers=config.layers,
@@ -257,7 +178,7 @@ def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
 
 
 def with_grid(model: ShowAttendTell, grid: int) -> ShowAttendTell:
-    """The model with another number of regions. Raises ValueError where its weights know each region by itself."""
+    """The model with another number of regions. Raises ValueError if it has weights for each region."""
     other = ShowAttendTell(dataclasses.replace(model.config, grid=(grid, grid)))
     try:
         other.load_state_dict(model.state_dict())
@@ -269,7 +190,7 @@ def with_grid(model: ShowAttendTell, grid: int) -> ShowAttendTell:
 
 
 def prepare_model(model: ShowAttendTell, config: TrainConfig, device: torch.device) -> None:
-    """Put the model where and how it is to be trained."""
+    """Set the model's device, precision and dropout for training."""
     model.to(device)
     on_gpu = device.type == "cuda"
     if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu):
@@ -279,11 +200,6 @@ def prepare_model(model: ShowAttendTell, config: TrainConfig, device: torch.devi
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = config.dropout
-
-
-def default_cache() -> Path:
-    """Where features are kept unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"
 
 
 if __name__ == "__main__":

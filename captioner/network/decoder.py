@@ -5,16 +5,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from captioner.config import ModelConfig
 from captioner.network.attention import Attended, build_attention
 from captioner.vocabulary import PAD
 
 
 class Memory(NamedTuple):
-    """What the decoder reads of a batch of images at every step, and computes once.
+    """What the decoder reads of a batch of images at every step, computed once per image.
 
-    annotations: (images, regions, channels), what is looked at.
-    keys: (images, regions, size), attention's projection of it.
-    mask: (images, regions), True where a region is real, or None where all are.
+    annotations: (images, regions, channels), the annotation vectors.
+    keys: (images, regions, size), attention's projection of them.
+    mask: (images, regions), True for valid regions, or None where all are.
     """
 
     annotations: Tensor
@@ -23,20 +24,21 @@ class Memory(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the decoder carries from word to word: hidden and cell, each (images, rows, hidden)."""
+    """The LSTM's state between two words: hidden and cell, each (images, rows, hidden)."""
 
     hidden: Tensor
     cell: Tensor
 
 
 class Step(NamedTuple):
-    """What one step gives.
+    """The result of one step.
 
     logits: (images, rows, vocabulary), scores of the next word before softmax.
-    state: the state after it.
-    alpha: (images, rows, heads, regions), where it looked; sums to 1 over the regions.
-    beta: (images, rows), how far the context vector was let in, 0 to 1; None where there is no such gate.
+    state: the state after it, a named tuple of tensors (images, rows, ...).
+    alpha: (images, rows, heads, regions), the attention weights; they sum to 1 over the regions.
+    beta: (images, rows), the gate of the context vector, 0 to 1; None where there is no such gate.
     drawn: (images, rows, layers), the region that each layer's attention drew; see `Attended`.
+    scores: (images, rows, regions), the attention scores before softmax; see `Attended`.
     """
 
     logits: Tensor
@@ -44,17 +46,18 @@ class Step(NamedTuple):
     alpha: Tensor
     beta: Tensor | None = None
     drawn: Tensor | None = None
+    scores: Tensor | None = None
 
 
 class TeacherForced(NamedTuple):
-    """What reading whole captions gives; N is the number of real (unpadded) words to predict.
+    """The result of reading whole captions. N is the number of words to predict, without padding.
 
-    logits: (N, vocabulary), scores of those words, caption by caption.
-    targets: (N,), the words that stood there.
-    alpha: (images, rows, steps, heads, regions), zero after a caption's end.
+    logits: (N, vocabulary), scores at the position of each word, caption by caption.
+    targets: (N,), the words.
+    alpha: (images, rows, steps, heads, regions), the attention weights; zero after a caption's end.
     mask: (images, rows, steps), True at the N words.
     choice_log_probability: (images, rows, steps), logarithm of the probability of the regions that were drawn, zero
-        after a caption's end; None unless attention draws (`captioner.network.attention.HardAttention`).
+        after a caption's end; None unless attention draws regions.
     """
 
     logits: Tensor
@@ -63,14 +66,26 @@ class TeacherForced(NamedTuple):
     mask: Tensor
     choice_log_probability: Tensor | None = None
 
+    def log_probabilities(self, excluded: tuple[int, ...] = ()) -> Tensor:
+        """Log-probability of each target word, (images, rows, steps); zero where there is no word.
+
+        Args:
+            excluded: ids that cannot come; their probability goes to the other words.
+        """
+        logits = self.logits
+        if excluded:
+            logits = logits.index_fill(1, torch.tensor(excluded, device=logits.device), float("-inf"))
+        log_probabilities = -nn.functional.cross_entropy(logits, self.targets, reduction="none")
+        return log_probabilities.new_zeros(self.mask.shape).masked_scatter(self.mask, log_probabilities)
+
 
 class AttentionLSTM(nn.Module):
-    """An LSTM that looks at the annotation vectors before every word.
+    """An LSTM that attends over the annotation vectors before every word.
 
     With y the previous word, h and c the state, a_i the annotation vectors:
 
         alpha = attention(a, h)                     where to look
-        beta  = sigmoid(w . h)                      how much what is seen matters now
+        beta  = sigmoid(w . h)                      how much the context counts for this word
         z     = beta * sum_i alpha_i a_i            the context vector
         h, c  = LSTM([E y, z], h, c)
         p     = softmax(L_o tanh(E y + L_h h + L_z z))      the deep output layer
@@ -78,44 +93,35 @@ class AttentionLSTM(nn.Module):
     The rows of an image (its captions in training, its beams in search) share its annotation vectors.
 
     Args:
-        vocabulary_size: number of words, special ones included.
+        config: vocabulary_size; attention, its options and attention_size; embedding_size, the size of E y;
+            hidden_size, that of h and c; dropout, of the word embedding and of the output layer's input;
+            tie_embeddings, whether L_o and E are one matrix (Press and Wolf 2017).
         channels: size of an annotation vector.
-        attention: name of the attention mechanism (see `captioner.network.attention`).
-        embedding_size, hidden_size, attention_size: sizes of E y, of h and c, and of the keys.
-        dropout: share of the word embedding and of the output layer's input dropped in training.
-        tie_embeddings: whether L_o and E are one matrix (Press and Wolf 2017).
-        heads, hard_inference: of the attention mechanisms that have them; see `build_attention`.
+
+    Raises:
+        ValueError: there is no such attention mechanism, or its options do not fit.
     """
 
-    def __init__(
-        self,
-        vocabulary_size: int,
-        channels: int,
-        attention: str = "additive",
-        embedding_size: int = 512,
-        hidden_size: int = 512,
-        attention_size: int = 512,
-        dropout: float = 0.5,
-        tie_embeddings: bool = False,
-        heads: int = 8,
-        hard_inference: str = "argmax",
-    ) -> None:
+    def __init__(self, config: ModelConfig, channels: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, embedding_size, padding_idx=PAD)
-        self.attention = build_attention(attention, channels, hidden_size, attention_size, heads, hard_inference)
+        embedding_size, hidden_size = config.embedding_size, config.hidden_size
+        self.embedding = nn.Embedding(config.vocabulary_size, embedding_size, padding_idx=PAD)
+        self.attention = build_attention(
+            config.attention, channels, hidden_size, config.attention_size, config.attention_options
+        )
         self.heads = self.attention.heads
         self.initial_hidden = nn.Linear(channels, hidden_size)
         self.initial_cell = nn.Linear(channels, hidden_size)
         self.beta = nn.Linear(hidden_size, 1)
-        # The LSTM's four gates in one matrix, in two parts: what comes from the word, and is known before the
-        # first step, and what comes from the context vector and the hidden state, and is not.
+        # The LSTM's four gates in one matrix, in two parts. The words' part can be computed before the first step,
+        # that of the context vector and the hidden state cannot.
         self.word_to_gates = nn.Linear(embedding_size, 4 * hidden_size)
         self.state_to_gates = nn.Linear(channels + hidden_size, 4 * hidden_size, bias=False)
         self.hidden_to_output = nn.Linear(hidden_size, embedding_size)
         self.context_to_output = nn.Linear(channels, embedding_size, bias=False)
-        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
-        self.output_weight = None if tie_embeddings else nn.Parameter(torch.empty_like(self.embedding.weight))
-        self.dropout = nn.Dropout(dropout)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+        self.output_weight = None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding.weight))
+        self.dropout = nn.Dropout(config.dropout)
         self.gates_of_words: Tensor | None = None
         self.gates_are_of: list[Tensor] = []  # copies of the weights that they were computed from
         nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)
@@ -127,11 +133,11 @@ class AttentionLSTM(nn.Module):
             nn.init.normal_(self.output_weight, std=embedding_size**-0.5)
 
     def encode(self, annotations: Tensor, mask: Tensor | None = None) -> Memory:
-        """All that depends on the images alone, computed once.
+        """Everything that does not depend on words, computed once per image.
 
         Args:
             annotations: (images, regions, channels).
-            mask: (images, regions), True where a region is real; None where all are.
+            mask: (images, regions), True for valid regions; None where all are.
         """
         self.forget_changed_words()
         return Memory(annotations, self.attention.keys(annotations), mask)
@@ -153,7 +159,7 @@ class AttentionLSTM(nn.Module):
         Args:
             memory: what `encode` gave.
             state: (images, rows, ...), from `initial_state` or the step before.
-            words: (images, rows), ids of the words last said; `START` at first.
+            words: (images, rows), ids of the last words; `START` at first.
         """
         embedded = self.dropout(self.embedding(words))
         if self.gates_of_words is None:
@@ -162,7 +168,8 @@ class AttentionLSTM(nn.Module):
             word_gates = nn.functional.embedding(words, self.gates_of_words)
         state, attended, beta = self.advance(memory, state, word_gates)
         drawn = None if attended.drawn is None else attended.drawn[..., None]
-        return Step(self.predict(embedded, state.hidden, attended.context), state, attended.alpha, beta, drawn)
+        logits = self.predict(embedded, state.hidden, attended.context)
+        return Step(logits, state, attended.alpha, beta, drawn, attended.scores)
 
     def forward(
         self,
@@ -172,22 +179,22 @@ class AttentionLSTM(nn.Module):
         inputs: Tensor | None = None,
         drawn: Tensor | None = None,
     ) -> TeacherForced:
-        """Read whole captions, each word predicted from the true ones before it.
+        """Read whole captions under teacher forcing: each word is predicted from the true ones before it.
 
         Args:
             annotations: (images, regions, channels).
             captions: (images, rows, length) ids: `START`, words, `END`, then `PAD`; all `PAD` for a missing row.
-                Fewest steps are wasted where each image's captions run from the longest to the shortest.
-            mask: (images, regions), True where a region is real; None where all are.
-            inputs: (images, rows, length), read in place of `captions`, which are still what is to be said.
-            drawn: (images, rows, length - 1, layers), the regions to be seen before each word, as a search drew
-                them (`captioner.search.Hypotheses`); None for attention to draw its own, where it draws.
+                Computation is saved where each image's captions are sorted from the longest to the shortest.
+            mask: (images, regions), True for valid regions; None where all are.
+            inputs: (images, rows, length), read in place of `captions`, which are still the targets.
+            drawn: (images, rows, length - 1, layers), the region to use before each word, as a search drew it
+                (`captioner.search.Hypotheses`); None for attention to draw its own, where it draws.
         """
         memory = self.encode(annotations, mask)
         inputs = (captions if inputs is None else inputs)[..., :-1]
         targets = captions[..., 1:]
         word_mask = targets != PAD
-        # At each step only the rows that still have a word to say, in any image, are computed.
+        # Each step computes only the rows in which a word is left in any image.
         rows_left = [int(rows) for rows in word_mask.flip(1).cummax(dim=1)[0].any(dim=0).sum(dim=0)]
         embedded = self.dropout(self.embedding(inputs))
         word_gates = self.word_to_gates(embedded)
@@ -216,7 +223,7 @@ class AttentionLSTM(nn.Module):
     def advance(
         self, memory: Memory, state: State, word_gates: Tensor, drawn: Tensor | None = None
     ) -> tuple[State, Attended, Tensor]:
-        """The recurrence: the new state, what was seen (its context vector gated), and beta."""
+        """The recurrence: the new state, what attention gave (its context vector gated), and beta."""
         attended = self.attention(state.hidden, memory.keys, memory.annotations, memory.mask, drawn)
         beta = torch.sigmoid(self.beta(state.hidden))
         context = beta * attended.context
@@ -233,17 +240,17 @@ class AttentionLSTM(nn.Module):
         return nn.functional.linear(self.dropout(torch.tanh(deep)), weight, self.output_bias)
 
     def remember_words(self) -> None:
-        """Compute every known word's share of the gates once, for all searches until the weights change."""
+        """Compute each word's part of the gates once, for all searches until the weights change."""
         with torch.no_grad():
             self.gates_of_words = self.word_to_gates(self.embedding.weight)
             self.gates_are_of = [weight.clone() for weight in self.weights_of_gates()]
 
     def weights_of_gates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights that decide what a word adds to the gates."""
+        """The weights that a word's part of the gates is computed from."""
         return self.embedding.weight, self.word_to_gates.weight, self.word_to_gates.bias
 
     def forget_changed_words(self) -> None:
-        """Drop remembered gates where a weight has changed since, in whatever way; asked once a search."""
+        """Drop the remembered gates if a weight has changed since. Called once per search."""
         if self.gates_of_words is not None and not all(map(torch.equal, self.weights_of_gates(), self.gates_are_of)):
             self.gates_of_words, self.gates_are_of = None, []
 

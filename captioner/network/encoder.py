@@ -17,6 +17,8 @@ from torchvision.models import GoogLeNet, Inception3, VisionTransformer, Weights
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from captioner.config import ModelConfig
+
 # Pixels of the square that is sent through a network, without computing anything, to see what comes out.
 PROBE = 224
 # Where the last feature map is, for families in which it is not called "features"; see `default_node` for VGG.
@@ -72,9 +74,9 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        name: str = "mobilenet_v2",
-        node: str = "",
-        grid: tuple[int, int] = (7, 7),
+        name: str = ModelConfig.encoder,
+        node: str = ModelConfig.node,
+        grid: tuple[int, int] = ModelConfig.grid,
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()

@@ -9,17 +9,18 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from captioner.network.attention import Attended, build_attention, merge_heads, split_heads
+from captioner.config import ModelConfig
+from captioner.network.attention import Attended, Attention, build_attention, merge_heads, split_heads
 from captioner.network.decoder import Memory, Step, TeacherForced
 from captioner.vocabulary import PAD
 
 
 class SelfAttention(nn.Module):
-    """Each place of a sequence attends to the others (Vaswani et al. 2017, section 3.2.2).
+    """Each position of a sequence attends to the others (Vaswani et al. 2017, section 3.2.2).
 
     Args:
-        size: of the vectors that come in and go out.
-        heads: into which they are divided.
+        size: of the input and output vectors.
+        heads: number of heads, into which the vectors are divided.
 
     Raises:
         ValueError: size cannot be divided by heads.
@@ -38,16 +39,16 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, past: Tensor | None = None, causal: bool = False, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What each new place gathers from those it may see.
+        """Attention of new positions over those that they may see.
 
         Args:
             x: (batch, new, size).
-            past: (batch, steps, 2 * size), keys and values of the places before these, as returned for them.
-            causal: whether a place sees none that comes after it.
-            mask: (batch, new), True where a place is real; others are not seen. Not together with `causal`.
+            past: (batch, steps, 2 * size), keys and values of the positions before these, as returned for them.
+            causal: whether a position attends to none that comes after it.
+            mask: (batch, new), True for valid positions; others are ignored. Not together with `causal`.
 
         Returns:
-            (batch, new, size), and the keys and values of all places so far, (batch, steps + new, 2 * size).
+            (batch, new, size), and the keys and values of all positions so far, (batch, steps + new, 2 * size).
         """
         present = torch.cat([self.key(x), self.value(x)], dim=-1)
         if past is not None:
@@ -69,7 +70,7 @@ def feed_forward(size: int, dropout: float) -> nn.Sequential:
 
 
 class AnnotationLayer(nn.Module):
-    """Self-attention, then the position-wise network, each added to what came in."""
+    """Self-attention, then the position-wise network, each with a residual connection."""
 
     def __init__(self, size: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -85,14 +86,15 @@ class AnnotationLayer(nn.Module):
 
 
 class AnnotationTransformer(nn.Module):
-    """Annotation vectors that have attended to each other before the decoder reads them (section 3.1).
+    """Self-attention over the annotation vectors, before the decoder reads them (section 3.1).
 
-    A region knows its place by two learnt embeddings, of its row and of its column, which are added to it.
+    Two learnt embeddings, of its row and of its column, are added to each region's vector.
 
     Args:
         size: of the annotation vectors.
         grid: rows and columns of regions.
-        layers, heads: how many.
+        layers: number of layers.
+        heads: number of heads in each.
         dropout: share of each sub-layer's output dropped in training.
     """
 
@@ -104,7 +106,7 @@ class AnnotationTransformer(nn.Module):
         self.norm = nn.LayerNorm(size)
 
     def forward(self, annotations: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(images, regions, size) -> the same; `mask` (images, regions) is True where a region is real."""
+        """(images, regions, size) -> the same; `mask` (images, regions) is True for valid regions."""
         x = annotations + (self.rows + self.columns).flatten(0, 1)
         for layer in self.layers:
             x = layer(x, mask)
@@ -112,7 +114,7 @@ class AnnotationTransformer(nn.Module):
 
 
 class Past(NamedTuple):
-    """What the decoder keeps of the words so far, so that no step computes them again.
+    """What the decoder keeps of the words so far, so that no step computes it again.
 
     keys_values: (images, rows, layers, steps, 2 * size), each layer's keys and values of its self-attention.
     """
@@ -121,32 +123,24 @@ class Past(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """A look back at the words, a look at the image, and the position-wise network, each added to what came in.
+    """Self-attention over the words, attention over the image, and the position-wise network, each with a residual.
 
     Args:
-        size, channels: of the layer's own vectors, and of the annotation vectors.
-        heads: of the self-attention, and of the cross-attention where its mechanism has several.
-        attention, attention_size, hard_inference: the cross-attention, see `build_attention`.
-        dropout: share of each sub-layer's output dropped in training.
+        config: see `TransformerDecoder`.
+        channels: size of an annotation vector.
     """
 
-    def __init__(
-        self,
-        size: int,
-        channels: int,
-        heads: int,
-        attention: str,
-        attention_size: int,
-        hard_inference: str,
-        dropout: float,
-    ) -> None:
+    def __init__(self, config: ModelConfig, channels: int) -> None:
         super().__init__()
+        size = config.hidden_size
         self.norms = nn.ModuleList(nn.LayerNorm(size) for _ in range(3))
-        self.self_attention = SelfAttention(size, heads)
-        self.attention = build_attention(attention, channels, size, attention_size, heads, hard_inference)
+        self.self_attention = SelfAttention(size, config.heads)
+        self.attention = build_attention(
+            config.attention, channels, size, config.attention_size, config.attention_options
+        )
         self.read = nn.Identity() if channels == size else nn.Linear(channels, size)
-        self.feed_forward = feed_forward(size, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.feed_forward = feed_forward(size, config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, past: Tensor | None, memory: Memory, drawn: Tensor | None = None
@@ -157,81 +151,69 @@ class DecoderLayer(nn.Module):
             x: (images, rows, new, size).
             past: (images, rows, steps, 2 * size), keys and values of the words before; None where there are none.
             memory: the image's annotation vectors with this layer's keys.
-            drawn: (images, rows, new), regions to be seen, where attention draws them; None for it to draw.
+            drawn: (images, rows, new), regions to use, where attention draws them; None for it to draw.
 
         Returns:
-            x again; keys and values of all words so far; and what was seen, (images, rows, new, ...).
+            x again; keys and values of all words so far; and what attention gave, (images, rows, new, ...).
         """
         images, rows, new, _ = x.shape
         before = None if past is None else past.flatten(0, 1)
         back, present = self.self_attention(self.norms[0](x).flatten(0, 1), before, causal=True)
         x = x + self.dropout(back.unflatten(0, (images, rows)))
-        # Every place of every caption looks for itself: to the mechanism they are rows of one image.
+        # Every position of every caption attends by itself: to the mechanism they are rows of one image.
         drawn = None if drawn is None else drawn.flatten(1, 2)
         attended = self.attention(self.norms[1](x).flatten(1, 2), memory.keys, memory.annotations, memory.mask, drawn)
-        context, alpha, choice_log_probability, region = (
-            None if part is None else part.unflatten(1, (rows, new)) for part in attended
-        )
-        x = x + self.dropout(self.read(context))
+        attended = Attended._make(None if part is None else part.unflatten(1, (rows, new)) for part in attended)
+        x = x + self.dropout(self.read(attended.context))
         x = x + self.dropout(self.feed_forward(self.norms[2](x)))
-        return (
-            x,
-            present.unflatten(0, (images, rows)),
-            Attended(cast(Tensor, context), cast(Tensor, alpha), choice_log_probability, region),
-        )
+        return x, present.unflatten(0, (images, rows)), attended
 
 
 class TransformerDecoder(nn.Module):
-    """A Transformer that looks at the annotation vectors in each of its layers (Vaswani et al. 2017, section 3.1).
+    """A Transformer that attends over the annotation vectors in each of its layers (Vaswani et al. 2017, section 3.1).
 
-    It has the methods of `captioner.network.decoder.AttentionLSTM`, takes any of the attention mechanisms as
-    cross-attention, and is searched and drawn the same way. The maps of all layers are kept: alpha has
-    layers * heads of them, the first layer's first.
+    It has the methods of `captioner.network.decoder.AttentionLSTM` and takes any of the attention mechanisms as
+    cross-attention. The maps of all layers are kept: alpha has layers * (maps of the mechanism), the first layer's
+    first.
 
     Args:
-        vocabulary_size, channels, attention, attention_size, dropout, tie_embeddings: as in `AttentionLSTM`.
-        hidden_size: size of the vectors that the layers hand on, word embeddings included.
-        layers, heads: how many; see `DecoderLayer`.
-        hard_inference: see `captioner.network.attention.HardAttention`.
+        config: vocabulary_size; hidden_size, the size of word embeddings and of the layers' vectors; layers; heads, of
+            the self-attention; attention, its options and attention_size, of the cross-attention; dropout, of
+            embeddings and of each sub-layer's output; tie_embeddings, as in `AttentionLSTM`.
+        channels: size of an annotation vector.
+
+    Raises:
+        ValueError: there is no such attention mechanism, or sizes and options do not fit each other.
     """
 
-    def __init__(
-        self,
-        vocabulary_size: int,
-        channels: int,
-        attention: str = "multi_head",
-        hidden_size: int = 512,
-        attention_size: int = 512,
-        dropout: float = 0.1,
-        tie_embeddings: bool = False,
-        layers: int = 2,
-        heads: int = 8,
-        hard_inference: str = "argmax",
-    ) -> None:
+    def __init__(self, config: ModelConfig, channels: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, hidden_size, padding_idx=PAD)
-        stack = [
-            DecoderLayer(hidden_size, channels, heads, attention, attention_size, hard_inference, dropout)
-            for _ in range(layers)
-        ]
+        hidden_size = config.hidden_size
+        self.embedding = nn.Embedding(config.vocabulary_size, hidden_size, padding_idx=PAD)
+        stack = [DecoderLayer(config, channels) for _ in range(config.layers)]
         self.layers = nn.ModuleList(stack)
         self.heads = sum(layer.attention.heads for layer in stack)
         self.norm = nn.LayerNorm(hidden_size)
-        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
-        self.output_weight = None if tie_embeddings else nn.Parameter(torch.empty_like(self.embedding.weight))
-        self.dropout = nn.Dropout(dropout)
+        self.output_bias = nn.Parameter(torch.zeros(config.vocabulary_size))
+        self.output_weight = None if config.tie_embeddings else nn.Parameter(torch.empty_like(self.embedding.weight))
+        self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.embedding.weight, std=hidden_size**-0.5)
         with torch.no_grad():
             self.embedding.weight[PAD].zero_()
         if self.output_weight is not None:
             nn.init.normal_(self.output_weight, std=hidden_size**-0.5)
 
+    @property
+    def attention(self) -> Attention:
+        """The first layer's cross-attention; that of the others has the same class and options."""
+        return cast(DecoderLayer, self.layers[0]).attention
+
     def encode(self, annotations: Tensor, mask: Tensor | None = None) -> tuple[Memory, ...]:
-        """All that depends on the images alone, computed once: a memory for each layer.
+        """Everything that does not depend on words, computed once per image: a memory for each layer.
 
         Args:
             annotations: (images, regions, channels).
-            mask: (images, regions), True where a region is real; None where all are.
+            mask: (images, regions), True for valid regions; None where all are.
         """
         attentions = (cast(DecoderLayer, layer).attention for layer in self.layers)
         return tuple(Memory(annotations, attention.keys(annotations), mask) for attention in attentions)
@@ -280,7 +262,7 @@ class TransformerDecoder(nn.Module):
             memories: what `encode` gave.
             words: (images, rows, new).
             past: (images, rows, layers, steps, 2 * size); see `Past`.
-            drawn: (images, rows, new, layers), regions to be seen; None for attention to draw them, where it does.
+            drawn: (images, rows, new, layers), regions to use; None for attention to draw them, where it draws.
 
         Returns:
             (images, rows, new, size); keys and values of each layer; alpha (images, rows, new, heads, regions); the
@@ -314,11 +296,11 @@ class TransformerDecoder(nn.Module):
         return nn.functional.linear(self.dropout(self.norm(x)), weight, self.output_bias)
 
     def remember_words(self) -> None:
-        """Nothing to be computed ahead: word embeddings are looked up as they are."""
+        """Nothing: word embeddings are looked up as they are."""
 
 
 def sinusoids(first: int, count: int, size: int) -> Tensor:
-    """Position encodings of `count` places from `first` on, (count, size) (Vaswani et al. 2017, section 3.5)."""
+    """Position encodings of `count` positions from `first` on, (count, size) (Vaswani et al. 2017, section 3.5)."""
     place = torch.arange(first, first + count)[:, None]
     angle = place * torch.exp(torch.arange(0, size, 2) * (-math.log(10000.0) / size))
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :size]

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from captioner.modelfile import MODEL_FILE, read_metadata
+
 DEFAULT_MODEL = "base"
 PRETRAINED = Path(__file__).parent
 
@@ -32,26 +34,26 @@ class ModelInfo:
 
 
 def list_models() -> list[ModelInfo]:
-    """The models in the package, the default first. Reads their configuration only, and does not import torch."""
+    """The models in the package, the default first. Only the headers of their files are read; torch is not needed."""
     return [read_info(name, folder) for name, folder in model_folders().items()]
 
 
 def model_folders() -> dict[str, Path]:
     """The folder of each model in the package by its name, the default first."""
-    folders = [weights.parent for weights in PRETRAINED.glob("*/model.safetensors")]
+    folders = [weights.parent for weights in PRETRAINED.glob(f"*/{MODEL_FILE}")]
     return {folder.name: folder for folder in sorted(folders, key=lambda each: (each.name != DEFAULT_MODEL, each.name))}
 
 
 def read_info(name: str, folder: Path) -> ModelInfo:
-    """What the files of a model say about it."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    height, width = config["preprocessing"]["size"]
-    about = config.get("about", {})
+    """What the header of a model's file says about it."""
+    metadata = read_metadata(folder / MODEL_FILE)
+    about = json.loads(metadata["about"])
+    height, width = json.loads(metadata["preprocessing"])["size"]
     return ModelInfo(
         name=name,
         folder=folder,
         megabytes=sum(path.stat().st_size for path in folder.iterdir()) / 1e6,
-        encoder=config["model"]["encoder"],
+        encoder=json.loads(metadata["model"])["encoder"],
         image_size=(height, width),
         trained_on=about.get("trained_on", ""),
         scores={key: entry["scores"] for key, entry in about.items() if isinstance(entry, dict) and "scores" in entry},

@@ -1,0 +1,49 @@
+"""The optimiser of a stage, its learning rate over the steps, and the moving average of the weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from captioner.network.model import ShowAttendTell
+
+from .config import TrainConfig
+from .stages import Stage
+
+
+def build_optimiser(model: ShowAttendTell, stage: Stage, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with the encoder's own learning rate, and weight decay on matrices and kernels only.
+
+    The groups have a field "peak", the highest learning rate of their parameters.
+    """
+    groups = []
+    for part, peak in (("encoder.", stage.encoder_learning_rate), ("", stage.learning_rate)):
+        own = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and name.startswith("encoder.") == bool(part)
+        ]
+        for decay in (0.0, weight_decay):
+            chosen = [parameter for parameter in own if (parameter.dim() > 1) == (decay > 0)]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": decay, "peak": peak})
+    return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=model.device.type in ("cpu", "cuda"))
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> None:
+    """Set the learning rate of a step: a linear warm-up (at most a tenth of the steps), then a cosine."""
+    warm_up = min(1.0, (step + 1) / max(min(config.warmup_steps, total // 10), 1))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / max(total, 1)))
+    share = warm_up * (config.final_rate + (1 - config.final_rate) * cosine)
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * share
+
+
+def build_average(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of the weights, shorter at first so that it forgets the initial weights."""
+
+    def average(mean: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+        return torch.lerp(current, mean, min(decay, (1 + int(updates)) / (10 + int(updates))))
+
+    return AveragedModel(model, avg_fn=average)

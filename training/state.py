@@ -1,0 +1,180 @@
+"""The state of a run, from which it can be resumed: its progress, the weights, their average and the optimiser's."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captioner.checkpoint import CheckpointError, load_tensors, save_tensors
+from captioner.files import replacing
+from captioner.modelfile import MODEL_FILE
+
+from .config import TrainConfig
+from .data.sources import parse_source
+
+STATE = "training-state.safetensors"
+# What may change between a run and its continuation without changing what the run computes.
+FREE_OPTIONS = {
+    "output",
+    "device",
+    "workers",
+    "cache",
+    "resume",
+    "checkpoint_every",
+    "compile",
+    "patience",
+}
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message gives the reason, and says what is left whole."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """The position of a run, and what it has measured so far.
+
+    Dropout and augmentation draw from generators seeded by the step and the epoch, so no generator's state has to
+    be kept.
+
+    stage, epoch, batch: what comes next.
+    step: steps taken in this stage; total_steps: in the whole run.
+    loss_sum, reward_sum, seconds: sums over the batches of this epoch.
+    best: the best dev score of the run; stale: epochs of this stage since the score last rose.
+    baseline: moving average of a word's log-probability, the baseline of hard attention's REINFORCE term.
+    history: a row of figures for each epoch.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    total_steps: int = 0
+    loss_sum: float = 0.0
+    reward_sum: float = 0.0
+    seconds: float = 0.0
+    best: float = -math.inf
+    stale: int = 0
+    baseline: float | None = None
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def count_step(self, loss: float) -> None:
+        """Count a step that has been taken."""
+        self.loss_sum += loss
+        self.batch, self.step, self.total_steps = self.batch + 1, self.step + 1, self.total_steps + 1
+
+    def row(self, name: str, scores: dict[str, float], images: int, rewarded: bool) -> dict[str, Any]:
+        """The figures of this epoch for the history; before the first step there is no loss, and the epoch is 0.
+
+        Args:
+            name: what the row is called: the stage, or "start".
+            scores: on the dev images.
+            images: seen in the epoch.
+            rewarded: whether the stage gives rewards.
+        """
+        trained = self.batch > 0
+        return {
+            "stage": name,
+            "epoch": self.epoch + 1 if trained else 0,
+            "loss": self.loss_sum / self.batch if trained else "",
+            "reward": self.reward_sum / self.batch if trained and rewarded else "",
+            **scores,
+            "seconds": self.seconds,
+            "images_per_second": images / max(self.seconds, 1e-9) if trained else 0.0,
+        }
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Move to the first batch of an epoch."""
+        self.epoch, self.batch = epoch, 0
+        self.loss_sum = self.reward_sum = self.seconds = 0.0
+
+    def begin_stage(self, stage: int) -> None:
+        """Move to the first epoch of a stage."""
+        self.begin_epoch(0)
+        self.stage, self.step, self.stale = stage, 0, 0
+
+
+def save_state(
+    config: TrainConfig, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+) -> None:
+    """Write everything that resuming needs into one file of the run folder, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; the state from before is whole.
+    """
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, state in optimiser.state.items():
+        tensors |= {f"optimiser/{key}/{names[parameter]}": tensor for key, tensor in state.items()}
+    metadata = {
+        "progress": json.dumps(dataclasses.asdict(progress)),
+        "config": json.dumps(options_for_resuming(config)),
+    }
+    with replacing(Path(config.output) / STATE) as path:
+        save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
+
+
+def load_state(config: TrainConfig) -> tuple[Progress, dict[str, Tensor] | None]:
+    """The progress and the tensors that `save_state` wrote; where it wrote none, a new progress and None.
+
+    Raises:
+        TrainingError: the file is damaged, the run was begun with other options, or it is not to be resumed.
+    """
+    path = Path(config.output) / STATE
+    if not path.exists():
+        return Progress(), None
+    if not config.resume:
+        raise TrainingError(
+            f"{config.output} holds a run already; go on with it by --resume, or choose another --output"
+        )
+    try:
+        tensors, metadata = load_tensors(path)
+        # An option that was not there yet when the run began is at its default.
+        saved = options_for_resuming(TrainConfig()) | json.loads(metadata["config"])
+        progress = Progress(**json.loads(metadata["progress"]))
+    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"cannot resume from {path}: {error}") from error
+    now = options_for_resuming(config)
+    changed = [key for key in now if key not in FREE_OPTIONS and saved[key] != now[key]]
+    if changed:
+        was = ", ".join(f"{key} was {saved[key]!r} and is {now[key]!r}" for key in changed)
+        raise TrainingError(f"cannot resume {config.output} with other options: {was}")
+    return progress, tensors
+
+
+def restore_tensors(
+    tensors: dict[str, Tensor], model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+) -> None:
+    """Put the tensors that `load_state` gave into the model, its average and the optimiser."""
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+    model.load_state_dict(part("model/"))
+    average.load_state_dict(part("average/"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimiser.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in part("optimiser/").items():
+        kind, name = key.split("/", 1)
+        state.setdefault(order.index(name), {})[kind] = tensor
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the half-written files that a killed process left in the run folder."""
+    for name in (STATE, MODEL_FILE):
+        for left in folder.glob(f".{name}.????????"):
+            left.unlink(missing_ok=True)
+
+
+def options_for_resuming(config: TrainConfig) -> dict[str, Any]:
+    """The options as JSON gives them back; of the data sets only their names, since a folder may be moved."""
+    options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    options["data"] = [parse_source(source)[0] for source in config.data]
+    return options
