@@ -38,6 +38,7 @@ from training.data.datasets import read_dataset
 from training.data.features import cached_maps, features_key
 from training.data.images import ImageSource, MapSource
 from training.distributed import Distributed
+from training.history import History
 from training.scorers import quick_scores
 from training.train import main
 from training.words import tokenize
@@ -531,7 +532,7 @@ def test_a_full_disk_is_one_clear_error_and_the_state_before_is_whole(
 @pytest.mark.parametrize("part", ["step", "epoch", "close"])
 def test_a_full_disk_for_the_record_of_a_run_is_one_clear_error(options, whole, tmp_path, monkeypatch, capsys, part):
     calls = []
-    real = getattr(trainer.History, part)
+    real = getattr(History, part)
 
     def full_later(*arguments):
         calls.append(arguments)
@@ -539,7 +540,7 @@ def test_a_full_disk_for_the_record_of_a_run_is_one_clear_error(options, whole, 
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*arguments)
 
-    monkeypatch.setattr(trainer.History, part, full_later)
+    monkeypatch.setattr(History, part, full_later)
     output = tmp_path / "run"
     arguments = [*options, *STAGES, "--output", str(output)]
     assert main(arguments) == 1
