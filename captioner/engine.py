@@ -175,7 +175,7 @@ class OnnxEngine:
 
     def annotate(self, images: np.ndarray) -> np.ndarray:
         """See `Engine.annotate`."""
-        return self.annotating.run(None, {"images": np.ascontiguousarray(images)})[0]
+        return self.annotating.run(None, {"images": images})[0]
 
     def array(self, values: np.ndarray) -> np.ndarray:
         """The same."""
