@@ -37,17 +37,19 @@ class Step(NamedTuple):
 
 
 class Engine(Protocol):
-    """What captioning asks of a network. The arrays that it gives, and takes again, are NumPy's or torch's.
+    """What captioning asks of a network. The arrays that it gives, and takes again, are NumPy's or torch's."""
 
-    Attributes:
-        heads: attention maps of each word.
-        displacement: see `captioner.network.encoder.Encoder`.
-        device: where it computes.
-    """
+    @property
+    def heads(self) -> int:
+        """Attention maps of each word."""
 
-    heads: int
-    displacement: float
-    device: str
+    @property
+    def displacement(self) -> float:
+        """See `captioner.network.encoder.Encoder`."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
 
     def annotate(self, images: np.ndarray) -> Array:
         """The annotation vectors of images, (images, regions, channels).
