@@ -1,4 +1,4 @@
-"""Captions for photographs, and where the network looked for every word.
+"""Captions for images, with a map of the attention for every word.
 
 from captioner import caption
 print(caption("photo.jpg"))
@@ -73,14 +73,22 @@ def caption(
     device: str | None = None,
     **options: Any,
 ) -> "Caption | ImageError | list[Caption] | list[Caption | ImageError]":
-    """Say what is in one image, or in each image of a list: a `Caption`, or a list of them.
+    """Caption one image, or each image of a list.
 
     Args:
         images: a path, bytes, an open file, a PIL image, an array, a tensor; or a list of these.
-        model: a model in the package (see `list_models`), a folder, or a Hugging Face Hub id; see
+        model: a model in the package (see `list_models`), a file, a folder, or a Hugging Face Hub id; see
             `Captioner.from_pretrained`.
         device: where to compute: "cpu", "cuda", "auto".
         options: see `Captioner.caption`.
+
+    Returns:
+        A `Caption`; for a list, a list of them in the same order.
+
+    Raises:
+        CheckpointError: there is no such model.
+        ImageError: an image cannot be read.
+        ValueError: there is no such device, or an option has a value that cannot be used.
     """
     name = os.path.abspath(model) if isinstance(model, os.PathLike) else model or DEFAULT_MODEL
     return _load(name, device).caption(images, **options)
@@ -88,7 +96,7 @@ def caption(
 
 @functools.lru_cache(maxsize=2)
 def _load(model: str, device: str | None) -> "Captioner":
-    # Loading takes longer than captioning: the last models stay in memory.
+    # Loading takes longer than captioning, so the last two models stay in memory.
     return importlib.import_module("captioner.api").Captioner.from_pretrained(model, device)
 
 

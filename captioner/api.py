@@ -41,7 +41,7 @@ MAX_ROWS = 8000  # captions followed at a time, over all images of a batch; with
 
 
 class Captioner:
-    """A model with its words and its preprocessing: photographs in, captions out.
+    """A model with its vocabulary and its preprocessing.
 
     Args:
         model: a network with its vocabulary and preprocessing; or the description of a model.
@@ -176,24 +176,24 @@ class Captioner:
         errors: Literal["raise", "return"] = "raise",
         **options: Unpack[Options],
     ) -> Caption | ImageError | list[Caption] | list[Caption | ImageError]:
-        """Say what is in one image or many.
+        """Caption one image or many.
 
         Args:
             images: one image, or a list or tuple of them: a path, bytes, an open file, a PIL image, an array
                 (height, width[, channels]), a tensor (channels, height, width).
-            errors: "raise" for the ImageError of the first image that cannot be read, or "return" for a result in
-                which an ImageError stands in the place of each.
+            errors: "raise" to raise the ImageError of the first image that cannot be read, or "return" to return an
+                ImageError in place of its caption.
             batch_size: images that go through the network together; 32 by default.
-            beam_size: captions that are followed at a time; 1 is greedy search. 5 by default.
+            beam_size: hypotheses that the beam search keeps; 1 is greedy search. 5 by default.
             alternatives: other captions to return with each; by default all the others of the beam, or none when
                 sampling.
-            max_length: most words in a caption; 22 by default.
+            max_length: largest number of words in a caption; 22 by default.
             length_penalty: captions are ranked by log-probability over length to this power; 1 by default.
-            block_ngrams: when above 0, no run of that many words stands twice in a caption; 2 by default.
-            temperature, top_p: when either is given, words are drawn by chance instead of searched for: from the
-                model's distribution sharpened (below 1) or flattened (above 1) by the temperature, and only from
-                the likeliest words that together reach top_p.
-            seed: the same seed draws the same captions.
+            block_ngrams: when above 0, no n-gram of that many words occurs twice in a caption; 2 by default.
+            temperature, top_p: when either is given, words are sampled: from the model's distribution sharpened (below
+                1) or flattened (above 1) by the temperature, and only from the likeliest words that together reach
+                the probability top_p.
+            seed: the same seed gives the same samples.
             max_pixels: larger images are refused before they are decoded; 100 million by default.
             keep_annotations: keep the annotation vectors with each caption, for `captioner.explain`.
 
@@ -232,11 +232,11 @@ class Captioner:
         max_pixels: float = MAX_PIXELS,
         keep_annotations: bool = False,
     ) -> Generator[Caption | ImageError, None, None]:
-        """Caption any number of images, one after the other, in bounded memory.
+        """Caption any number of images in bounded memory.
 
         While the network computes the captions of one batch, threads read the next. `sources` is advanced in the
         caller's thread, at most two batches ahead of the results. Open files, images, arrays and tensors are read
-        as soon as they come: the caller may then close them or write to them.
+        when `sources` gives them, so the caller may then close them or write to them.
 
         Args:
             sources: the images, each as in `caption`; any iterable, a generator too.
@@ -310,23 +310,23 @@ class Captioner:
     def teacher_forced(
         self, image: ImageSource, text: str, max_pixels: float = MAX_PIXELS, keep_annotations: bool = False
     ) -> Caption:
-        """What the model makes of a caption that somebody else wrote: each word's probability, and where it looks.
+        """Read a given caption under teacher forcing: the probability and the attention map of each of its words.
 
         Args:
-            image: as in `caption`, one.
-            text: lower-cased words with a space between each two; "a dog on grass".
+            image: one image, as in `caption`.
+            text: lower-case words with a space between each two, such as "a dog on grass".
             max_pixels, keep_annotations: as in `caption`.
 
         Returns:
-            A `Caption` with the words given; its log-probabilities say how well they describe the image.
+            A `Caption` of these words. The higher its log-probability, the better they describe the image.
 
         Raises:
             ImageError: the image cannot be read.
-            ValueError: there is no word, or one that the model does not know; the message names them.
+            ValueError: the text has no word, or has words that are not in the vocabulary; the message names them.
         """
         words = text.split()
         if not words:
-            raise ValueError("there is no word to say")
+            raise ValueError("the caption has no words")
         if unknown := [word for word in words if word not in self.vocabulary.words[len(SPECIAL) :]]:
             raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}")
         photo = read_photo(image, self.preprocessing, max_pixels)
@@ -343,7 +343,7 @@ class Captioner:
         distribution: Distribution,
         annotations: Array | None,
     ) -> list[Caption]:
-        """Turn what a search found into captions, each with its annotation vectors where they are given."""
+        """Convert hypotheses to captions, each with its annotation vectors where they are given."""
         words, alphas, log_probabilities = map(to_numpy, (found.words, found.alpha, found.log_probabilities))
         grid = self.config.grid
         pixels = self.engine.displacement

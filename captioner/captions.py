@@ -1,4 +1,4 @@
-"""`Caption`: the words for one image, their probabilities, and where the network looked for each."""
+"""`Caption`: the words for one image, with the probability and the attention map of each."""
 
 import dataclasses
 import math
@@ -15,26 +15,26 @@ from captioner.search import Distribution
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """What the model says of one image, and where it looked for each word.
+    """The caption of one image, with the probability and the attention map of each word.
 
     Attributes:
         words: the T words.
         word_log_probabilities: natural logarithms, one for each word and one for the end of the sentence; the
             last is missing where the caption was cut at the maximum length.
-        attention: float32 (T, rows, columns), the weights over the image's regions as each word was said; each
-            of the T maps sums to 1. The mean over the heads where attention has several.
+        attention: float32 (T, rows, columns), the attention weights of each word over the image's regions; each of
+            the T maps sums to 1. The mean over the heads where attention has several.
         image: a preview of the photograph for pictures of the attention: upright, RGB, its longer side at most 1,024
             pixels.
         alternatives: the other captions found, best first.
         head_attention: float32 (T, heads, rows, columns), the maps of each head, of which `attention` is the mean;
-            a transformer's heads are those of its first layer, then those of the next. None where there is one.
-        displacement: how far up and left of its middle the encoder sees each region from, as a share of the
-            image's height and width; pictures of the attention take it into account.
+            a transformer's heads are those of its first layer, then those of the next. None where there is one head.
+        displacement: offset between the centre of a region's receptive field and the centre of its cell, as a share
+            of the image's height and width; pictures of the attention take it into account.
         source: the path of the photograph; None where it was not given by its path.
         size: width and height of the whole photograph, upright, in pixels.
         annotations: float32 (regions, channels), the annotation vectors that the decoder read, for
             `captioner.explain`; None unless they were asked for.
-        distribution: what the words were chosen from.
+        distribution: how the probabilities of the words were computed.
     """
 
     words: tuple[str, ...]
@@ -55,7 +55,7 @@ class Caption:
 
     @property
     def text(self) -> str:
-        """The words as the model said them, with a space between each two."""
+        """The words with a space between each two, as in the vocabulary."""
         return " ".join(self.words)
 
     @property
@@ -117,14 +117,14 @@ class Caption:
         image: ImageSource | None = None,
         **options: Any,
     ) -> Image.Image:
-        """The photograph with the places lit up that the model looked at as it said `word`.
+        """The photograph with a heatmap of the attention for one word.
 
         Args:
             word: the word, or its position.
-            head: which head's map; None for the mean over the heads.
-            scale: what the brightest colour stands for: "caption" for the largest weight of all words, so that pictures
-                of several words can be compared; "word" for the word's own.
-            image: what to draw over in place of the preview: `result.source` for the whole photograph.
+            head: number of the head whose map is drawn; None for the mean over the heads.
+            scale: meaning of the brightest colour: "caption" for the largest weight of all words, so that pictures of
+                several words can be compared; "word" for the largest weight of this word.
+            image: image to draw over in place of the preview, such as `result.source` for the whole photograph.
             options: see `captioner.heatmap.overlay`.
 
         Raises:
@@ -139,7 +139,7 @@ class Caption:
         return heatmap.overlay(photo, maps[index], displacement=self.displacement, largest=top, **options)
 
     def figure(self, head: int | None = None, scale: str = "caption", **options: Any) -> Image.Image:
-        """The photograph, then each word over its map, in a grid as in the paper's Figure 2, with a legend.
+        """The photograph, then the heatmap of each word, in a grid as in the paper's figure 2, with a legend.
 
         Args:
             head, scale: as in `heatmap`.
@@ -149,7 +149,7 @@ class Caption:
         return heatmap.figure(self.image, self.words, maps, scale=scale, displacement=self.displacement, **options)
 
     def animation(self, head: int | None = None, scale: str = "caption", **options: Any) -> list[Image.Image]:
-        """One frame a word, for `captioner.heatmap.save_animation`.
+        """One frame per word, for `captioner.heatmap.save_animation`.
 
         Args:
             head, scale: as in `heatmap`.
@@ -162,7 +162,7 @@ class Caption:
         """Plain data, ready for JSON.
 
         Args:
-            attention: also put the attention maps in, as nested lists.
+            attention: whether to include the attention maps, as nested lists.
         """
         plain: dict[str, Any] = {
             "caption": str(self),

@@ -1,4 +1,4 @@
-"""The `captioner` command. Everything heavy is imported after the arguments are understood."""
+"""The `captioner` command. Heavy modules are imported after the arguments are parsed."""
 
 import argparse
 import contextlib
@@ -41,9 +41,9 @@ exit status: 0 all captioned, 1 some could not be, 2 wrong usage, 130 interrupte
 class Input:
     """One image to caption.
 
-    path: where it is, or "-" for standard input.
-    name: what its heatmap is called: its path within the folder that was named.
-    error: why it cannot be read, where that is known already.
+    path: its path, or "-" for standard input.
+    name: name of its heatmap: its path within the folder that was given.
+    error: why it cannot be read, if that is known already.
     """
 
     def __init__(self, path: str, name: str, error: str = "") -> None:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        discard_output()  # whoever read it has had enough
+        discard_output()  # the reader of the output has closed it
         return 1
 
 
@@ -79,16 +79,16 @@ def export(arguments: Sequence[str] | None = None) -> int:
 
         export_file(model_file(find_model(options.model)))
     except (CheckpointError, ImportError) as error:
-        say(f"captioner-export: {error}")
+        report(f"captioner-export: {error}")
         return 2
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's options. Exits with status 2 and a message where they make no sense."""
+    """Parse the command line. Exits with status 2 and a message where it cannot be used."""
     parser = argparse.ArgumentParser(
         prog="captioner",
-        description="Say what is in photographs, and show where the network looked for every word.",
+        description="Caption images, and draw the attention of the network for every word.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -131,18 +131,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--temperature",
         type=number("temperature"),
         metavar="T",
-        help="draw words by chance; below 1 safer, above bolder",
+        help="sample words; below 1 from a sharper distribution, above 1 from a flatter one",
     )
     search.add_argument(
-        "--top-p", type=number("top_p"), metavar="P", help="draw only among the likeliest words that reach P"
+        "--top-p",
+        type=number("top_p"),
+        metavar="P",
+        help="sample from the likeliest words that together reach the probability P",
     )
-    search.add_argument("--seed", type=number("seed"), metavar="N", help="the same seed draws the same captions")
+    search.add_argument("--seed", type=number("seed"), metavar="N", help="the same seed gives the same samples")
     parser.add_argument(
         "--min-confidence",
         type=number("min_confidence"),
         default=0.0,
         metavar="P",
-        help="leave out captions that the model is less sure of, 0 to 1; the README says what to expect",
+        help="leave out captions of lower confidence (geometric mean of the words' probabilities), 0 to 1",
     )
     parser.add_argument(
         "--max-megapixels",
@@ -159,7 +162,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class ListModels(argparse.Action):
-    """Prints the models in the package and ends the command, as `--version` does."""
+    """Print the models in the package and exit, as `--version` does."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         """Called by argparse where the option is given."""
@@ -168,7 +171,7 @@ class ListModels(argparse.Action):
 
 
 def model_table() -> str:
-    """A line for each model in the package, the default first: its size, encoder, image size and scores."""
+    """A table of the models in the package, the default first: size, encoder, image size and scores."""
     rows = [("name", "MB", "encoder", "image size", "scores")]
     for model in list_models():
         scores = [
@@ -182,7 +185,7 @@ def model_table() -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Caption what the options name. Returns the exit status."""
+    """Caption the inputs. Returns the exit status."""
     inputs = list(find_inputs(options.images, options.recursive))
     if not inputs:
         print(f"captioner: no image in {', '.join(options.images)}", file=sys.stderr)
@@ -195,14 +198,14 @@ def run(options: argparse.Namespace) -> int:
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     try:
         captioner = Captioner.from_pretrained(options.model, options.device, options.engine)
-        # What the model cannot do is said here; nothing is read yet.
+        # Options that do not suit the model raise here, before any image is read.
         results = captioner.stream(
             (sys.stdin.buffer if item.path == "-" else item.path for item in inputs if not item.error),
             max_pixels=options.max_megapixels * 1e6,
             **search_options(options),
         )
     except (CheckpointError, ImportError, ValueError) as error:
-        say(f"captioner: {error}")
+        report(f"captioner: {error}")
         return 2
     try:
         with contextlib.closing(results), open_output(options.output) as output:
@@ -210,7 +213,7 @@ def run(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        say(f"captioner: cannot write {options.output or 'the output'}: {error.strerror or error}")
+        report(f"captioner: cannot write {options.output or 'the output'}: {error.strerror or error}")
         if not options.output:
             discard_output()
         return 1
@@ -224,7 +227,7 @@ def search_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def find_inputs(named: Sequence[str], recursive: bool) -> Iterator[Input]:
-    """The images named, and those in the folders named, by their suffix and in the order of their names."""
+    """The images given, and those in the folders given, which are found by their suffix and sorted by name."""
     for name in named:
         if name == "-":
             yield Input(name, "stdin", "" if sys.stdin else "standard input is closed")
@@ -235,7 +238,7 @@ def find_inputs(named: Sequence[str], recursive: bool) -> Iterator[Input]:
 
 
 def find_in_folder(folder: Path, recursive: bool) -> Iterator[Input]:
-    """The images in a folder in the order of their paths, then the folders that cannot be listed."""
+    """The images in a folder, sorted by path, then an error for each folder that cannot be listed."""
     errors: list[OSError] = []
     paths: list[Path] = []
     for place, _, names in os.walk(folder, onerror=errors.append):
@@ -251,7 +254,7 @@ def find_in_folder(folder: Path, recursive: bool) -> Iterator[Input]:
 def write_all(
     results: Iterator["Caption | ImageError"], inputs: Sequence[Input], options: argparse.Namespace, output: TextIO
 ) -> int:
-    """Write a line for every input as soon as its result is known. Returns how many failed.
+    """Write a line for every input as soon as its result is known. Returns the number of failures.
 
     Args:
         results: of the inputs without an error.
@@ -269,7 +272,7 @@ def write_all(
             error = save_heatmap(caption, Path(options.heatmaps), item.name, taken, options.heatmap_scale)
         if error:
             failed += 1
-            say(f"captioner: {error}")
+            report(f"captioner: {error}")
         output.write(line(item.path, caption, error, options.format, alone))
         output.flush()
         if sys.stderr.isatty() and len(inputs) > 1:
@@ -278,7 +281,7 @@ def write_all(
 
 
 def line(path: str, caption: "Caption | None", error: str, style: str, alone: bool) -> str:
-    """What is written of one image; nothing for a failed one in text, since the error is on stderr."""
+    """The line written for one image; in text format empty for a failed one, since the error is on stderr."""
     if style == "jsonl":
         return json.dumps({"path": path, **({"error": error} if caption is None else caption.to_dict())}) + "\n"
     if caption is None:
@@ -290,14 +293,14 @@ def line(path: str, caption: "Caption | None", error: str, style: str, alone: bo
 
 
 def escape(text: str) -> str:
-    """Text for one column of one line: a tab or a newline in a name must not look like another."""
+    """Escape tabs and newlines, which separate columns and lines."""
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
 def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path], scale: str) -> str:
     """Write the figure of a caption to `folder`/`name`.png, with a number where that name is taken in this run.
 
-    Returns what went wrong, or nothing.
+    Returns an error message, or an empty string.
     """
     path = folder / f"{name}.png"
     number = 2
@@ -315,7 +318,7 @@ def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path], 
 
 @contextlib.contextmanager
 def open_output(path: str | None) -> Iterator[TextIO]:
-    """The file to write captions to, or standard output. File names that are no UTF-8 pass through as they are."""
+    """The output file, or standard output. File names that are not UTF-8 are written as they are."""
     if path:
         with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
             yield file
@@ -326,12 +329,12 @@ def open_output(path: str | None) -> Iterator[TextIO]:
 
 
 def discard_output() -> None:
-    """Send what is still to be written to stdout nowhere, so that Python does not complain when it closes it."""
+    """Redirect stdout to the null device, so that flushing it at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say(message: str) -> None:
-    """Write a line to stderr, on a fresh line where a counter stands there. Nothing in it can control a terminal."""
+def report(message: str) -> None:
+    """Write a line to stderr, over the progress counter on a terminal. Control characters are escaped."""
     encoding = sys.stderr.encoding or "utf-8"
     shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
     text = shown.encode(encoding, "backslashreplace").decode(encoding)
@@ -339,7 +342,7 @@ def say(message: str) -> None:
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, for options without limits of their own."""
+    """Parse an integer of at least 1, for options of other commands, which have no other limits."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
@@ -347,7 +350,7 @@ def positive(text: str) -> int:
 
 
 def number(option: str) -> Callable[[str], float]:
-    """A reader of that option's value for argparse."""
+    """A parser of that option's value for argparse."""
 
     def read(text: str) -> float:
         try:

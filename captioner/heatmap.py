@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Perceptually uniform colour maps (viridis and its sisters, CC0), by 17 evenly spaced colours each; what lies
-# between is interpolated, within seven levels of the originals.
+# Perceptually uniform colour maps (matplotlib's, CC0), by 17 evenly spaced colours each. The colours between them are
+# interpolated, and within seven levels of the originals.
 ANCHORS = {
     "viridis": "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c 1f9f88 27ad81 3dbc74 5cc863 81d34d "
     "aadc32 d5e21a fde725",
@@ -20,10 +20,10 @@ ANCHORS = {
 }
 
 
-GREY = "#707070"  # for small text, which can be read on white
+GREY = "#707070"  # of small text; readable on white
 
-# One scale for all words of a caption shows which of them look at one place and which look everywhere; a scale for each
-# word shows best where a word looks, but an almost even map as brightly as a sharp one.
+# One scale for all words of a caption shows which words have concentrated and which have even attention. A scale for
+# each word shows the details of a weak map, but an almost even map as brightly as a concentrated one.
 SCALES = ("caption", "word")
 
 
@@ -35,12 +35,12 @@ def overlay(
     displacement: tuple[float, float] = (0.0, 0.0),
     largest: float | None = None,
 ) -> Image.Image:
-    """The image with the places of large weight lit up and the others darkened.
+    """The image with a heatmap: regions of large weight are coloured brightly, the others darkened.
 
     Args:
         image: the photograph, RGB.
         weights: (rows, columns) attention weights of one word over the whole image.
-        strength: how much of the photograph the colours cover at the top of the scale, 0 to 1.
+        strength: opacity of the colours at the top of the scale, 0 to 1.
         colours: "viridis", "magma" or "inferno".
         displacement, largest: see `upsample`.
 
@@ -48,11 +48,11 @@ def overlay(
         An RGB image of the size of `image`.
 
     Raises:
-        ValueError: the weights are no map, or there is no such colour map.
+        ValueError: the weights are not a map, or there is no such colour map.
     """
     heat = (255 * upsample(weights, image.size, displacement, largest)).round().astype(np.uint8)
     mask, lit = Image.fromarray(heat), image.convert("RGB").copy()
-    # Attended places are lit in the map's bright colours; the rest is dimmed, but stays recognisable.
+    # Regions of small weight are darkened, but stay recognisable.
     lit.paste("black", mask=mask.point([round(0.55 * strength * (255 - value)) for value in range(256)]))
     # The square root keeps weights in the middle of the scale visible, which a linear cover of dark colours would not.
     coloured = Image.fromarray(colour_table(colours).round().astype(np.uint8)[heat])
@@ -70,12 +70,13 @@ def upsample(
 
     Args:
         size: width and height in pixels.
-        displacement: how far up and how far left of its middle each region is seen from, as a share of the
-            image's height and width.
-        largest: the weight that becomes 1, the top of the scale; larger ones do too. By default the map's own largest.
+        displacement: offset between the centre of a region's receptive field and the centre of its cell, as a share
+            of the image's height and width.
+        largest: the weight at the top of the scale, which becomes 1, as do larger ones. By default the largest of the
+            map.
 
     Raises:
-        ValueError: the weights are not a 2-D array of numbers of which none is negative and one is positive.
+        ValueError: the weights are not a 2-D array of finite non-negative numbers with a positive one among them.
     """
     weights = np.asarray(weights, dtype=np.float32)
     if weights.ndim != 2 or 0 in weights.shape:
@@ -87,16 +88,16 @@ def upsample(
     grid = Image.fromarray(np.pad(weights / weights.max(), ((0, math.ceil(down)), (0, math.ceil(right))), mode="edge"))
     box = (right, down, right + columns, down + rows)
     smooth = np.asarray(grid.resize(size, Image.Resampling.BICUBIC, box))
-    # However smoothing changed it, the peak stands for the map's largest weight.
+    # Interpolation may change the peak; it still stands for the largest weight.
     return (smooth / smooth.max() * (weights.max() / (largest or weights.max()))).clip(0, 1)
 
 
 def scale_tops(attention: np.ndarray, scale: str) -> np.ndarray:
-    """The weight at the top of each word's scale, which the brightest colour stands for, float32 (T,).
+    """The weight at the top of each word's scale, shown in the brightest colour, float32 (T,).
 
     Args:
         attention: (T, rows, columns).
-        scale: "caption" for one scale, up to the largest weight of all words; "word" for each word's own.
+        scale: "caption" for the largest weight of all words; "word" for the largest weight of each word.
 
     Raises:
         ValueError: there is no such scale.
@@ -108,7 +109,7 @@ def scale_tops(attention: np.ndarray, scale: str) -> np.ndarray:
 
 
 def multiple(weight: float, regions: int) -> str:
-    """A weight as a multiple of an even map's, which is 1 / regions: "7.1x"."""
+    """A weight as a multiple of 1 / regions, the weight of an even map: "7.1x"."""
     return f"{weight * regions:.1f}x"
 
 
@@ -137,21 +138,21 @@ def figure(
     colours: str = "inferno",
     displacement: tuple[float, float] = (0.0, 0.0),
 ) -> Image.Image:
-    """The photograph, then every word over its map, in a grid (Xu et al. 2015, figure 2), and a legend.
+    """The photograph, then the heatmap of every word, in a grid (Xu et al. 2015, figure 2), and a legend.
 
-    Beside each word stands its largest weight, as a multiple of an even map's.
+    Each word has its largest weight beside it, as a multiple of that of an even map.
 
     Args:
         image: the photograph.
         words: the T words.
         attention: (T, rows, columns).
         scale: "caption" or "word"; see `scale_tops`.
-        tile: width of one picture in pixels; a photograph more than twice as high as wide stands in its middle.
-        columns: pictures in a row; by default about as many as make the figure twice as wide as high.
+        tile: width of one picture in pixels; a photograph more than twice as high as wide is centred in it.
+        columns: pictures in a row; by default the figure is about twice as wide as high.
         strength, colours, displacement: see `overlay`.
 
     Raises:
-        ValueError: there is not one map for each word, or no such scale.
+        ValueError: words and maps differ in number, or there is no such scale.
     """
     check_maps(words, attention)
     photo = shrink(image, tile)
@@ -184,19 +185,19 @@ def figure(
 def legend(
     width: int, line: int, regions: int, top: float | None, strength: float = 0.65, colours: str = "inferno"
 ) -> Image.Image:
-    """The colours of a scale, as they look over middle grey, with numbers that are multiples of an even map's weight.
+    """A bar with the colours of a scale over middle grey, labelled in multiples of the weight of an even map.
 
     Args:
         width: of the picture, in pixels.
         line: height of a line of text and of the bar, in pixels.
-        regions: L, how many regions there are; the weight 1 / L of an even map is marked on the bar.
-        top: the weight at the end of the bar; None where it is another for each word.
+        regions: L, the number of regions; the weight 1 / L of an even map is marked on the bar.
+        top: the weight at the end of the bar; None where each word has its own scale.
         strength, colours: see `overlay`.
     """
     font = ImageFont.load_default(size=line * 0.6)
     start, end = "0 ", " the word's largest" if top is None else f" {multiple(top, regions)}"
     left = math.ceil(font.getlength(start))
-    # As much room for every number, so that the bar keeps its length from frame to frame of an animation.
+    # The same room for every number, so that the bar has the same length in all frames of an animation.
     right = max(left + 1, width - math.ceil(max(font.getlength(end), font.getlength(" 000.0x"))))
     text = f"1x{'' if top is None else ' (marked)'}: the weight of an even map, 1/{regions}".split(" ")
     lines = wrap(text, font, width)
@@ -229,14 +230,14 @@ def animation(
     colours: str = "inferno",
     displacement: tuple[float, float] = (0.0, 0.0),
 ) -> list[Image.Image]:
-    """One frame a word: the photograph under the word's map, the sentence with the word in black, and a legend.
+    """One frame per word: the photograph with the word's heatmap, the sentence with the word in black, and a legend.
 
     Args:
         image, words, attention, scale, strength, colours, displacement: as in `figure`.
-        width: of the frames, in pixels; a photograph more than twice as high as wide stands in their middle.
+        width: of the frames, in pixels; a photograph more than twice as high as wide is centred in them.
 
     Raises:
-        ValueError: there is not one map for each word, or no such scale.
+        ValueError: words and maps differ in number, or there is no such scale.
     """
     check_maps(words, attention)
     photo = shrink(image, width)
@@ -263,7 +264,7 @@ def animation(
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike[str], seconds_per_word: float = 0.7) -> None:
-    """Write frames as an endless animation, in the format that the file's suffix names.
+    """Write frames as an endless animation, in the format of the file's suffix.
 
     Args:
         frames: at least one.
@@ -280,7 +281,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike[str], 
 
 
 def wrap(words: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[list[int]]:
-    """The words' positions in lines that are no wider than `width` pixels; a longer word has a line to itself."""
+    """The positions of the words in each line of at most `width` pixels; a wider word has a line to itself."""
     lines: list[list[int]] = [[]]
     used = 0.0
     for index, word in enumerate(words):
@@ -294,14 +295,14 @@ def wrap(words: Sequence[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFon
 
 
 def shrink(image: Image.Image, width: int, enlarge: bool = True) -> Image.Image:
-    """The image in RGB, in its own proportions, as large as fits `width` pixels and a height of twice as many.
+    """The image in RGB, scaled to fit into `width` pixels and twice as much height, with its proportions kept.
 
-    A side is at least one pixel, so that a very thin image gets a little wider than it is.
+    Each side is at least one pixel, so that the proportions of a very thin image may change.
 
     Args:
         image: any image.
         width: in pixels.
-        enlarge: also make an image larger that is smaller than that.
+        enlarge: whether smaller images are enlarged.
     """
     scale = min(width / image.width, 2 * width / image.height)
     if not enlarge:

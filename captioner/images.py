@@ -1,4 +1,4 @@
-"""Anything a user has becomes one safe RGB image, and that the model's input."""
+"""Reading images safely: from any kind of source to an RGB image, and from that to the model's input."""
 
 import io
 import os
@@ -27,13 +27,13 @@ class Tensor(Protocol):
 ImageSource = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 2**30
-MAX_INPUT = 4096  # rows or columns of what the encoder reads
+MAX_INPUT = 4096  # rows or columns of the encoder's input
 
-# The formats that are opened, in the order of trial; TGA has no signature and comes last. What Pillow reads besides
-# is rare in photographs, starts other programs (EPS), or is decoded before its size is known (ICO, ICNS).
+# The formats that are opened, in the order of trial; TGA has no signature and comes last. Pillow's other formats
+# are rare in photographs, start other programs (EPS), or are decoded before their size is known (ICO, ICNS).
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA")
-# Limits that no real file comes near, of what would otherwise cost minutes or gigabytes for each megabyte of a file.
-MAX_SCANS = 100  # of a progressive JPEG; each goes over the whole image. libtiff has the same limit.
+# Limits far above those of real files. Without them, one megabyte of a file could cost minutes or gigabytes.
+MAX_SCANS = 100  # of a progressive JPEG; each covers the whole image. libtiff has the same limit.
 MAX_STRIPS = 200_000  # of a TIFF
 MAX_METADATA_READS = 10_000  # before the pixels; some formats join pieces of metadata in quadratic time
 MAX_READS = 500_000
@@ -56,17 +56,18 @@ TURNS = {
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message names it and says why."""
+    """An image that cannot be read. The message names it and gives the reason."""
 
 
 def load_image(source: ImageSource, max_pixels: float = MAX_PIXELS) -> Image.Image:
-    """Read an image from wherever it is.
+    """Read an image from any kind of source.
 
     Args:
         source: a path, encoded bytes, an open binary file (left open), a PIL image, an array (height, width),
             (height, width, 1), (height, width, 3) or (height, width, 4) of booleans, integers or floats in [0, 1],
             or a tensor (channels, height, width) of the same. Files hold one of `FORMATS` in up to 1 GiB.
-        max_pixels: larger images are refused, before they are decoded.
+        max_pixels: larger images are refused, before they are decoded. An AVIF that says less than its stream holds is
+            decoded all the same, up to libavif's own limit of 16,384 x 16,384 pixels, and scaled to what it says.
 
     Returns:
         The whole image in RGB, upright as its EXIF orientation says, transparency on white; of an animation the
@@ -86,7 +87,7 @@ def load_image(source: ImageSource, max_pixels: float = MAX_PIXELS) -> Image.Ima
 
 
 def read_bytes(source: Any) -> bytes:
-    """The bytes of an image file, wherever it is; of what is no image, the beginning."""
+    """The bytes of an image file; only the beginning where that is not the beginning of an image."""
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
     elif isinstance(source, str | os.PathLike):
@@ -136,7 +137,7 @@ def read_path(path: str | os.PathLike[str]) -> bytes:
 
 
 def read_stream(file: Any, source: Any) -> bytes:
-    """All of an open file; no more than its beginning where that is not the beginning of an image."""
+    """The bytes of an open file; only the beginning where that is not the beginning of an image."""
     data = io.BytesIO()
     while chunk := file.read(2**20):
         if isinstance(chunk, str):
@@ -151,12 +152,12 @@ def read_stream(file: Any, source: Any) -> bytes:
 
 
 class Reader(io.BytesIO):
-    """A file in memory that can be read in so many pieces, no more."""
+    """A file in memory with a limit on the number of reads."""
 
     left = MAX_METADATA_READS
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As of any file; OSError once there were too many."""
+        """See `io.BytesIO.read`. Raises OSError after too many reads."""
         self.left -= 1
         if self.left < 0:
             raise OSError("it is in too many pieces")
@@ -164,7 +165,7 @@ class Reader(io.BytesIO):
 
 
 class Jpeg(JpegImageFile):
-    """Pillow's JPEG without its reader of EXIF, which copies the data of every tag; see `orientation`."""
+    """Pillow's JPEG reader without its EXIF reader, which copies the data of every tag; see `orientation`."""
 
     def getexif(self) -> Image.Exif:
         """Empty."""
@@ -172,7 +173,7 @@ class Jpeg(JpegImageFile):
 
 
 def possible_formats(data: bytes) -> list[str]:
-    """Those of `FORMATS` that the first bytes of a file allow."""
+    """The formats among `FORMATS` that the first bytes of a file allow."""
     Image.init()  # returns at once when it has been called before
     found = []
     for name in FORMATS:
@@ -194,7 +195,7 @@ def open_image(data: bytes, source: Any, max_pixels: float) -> Image.Image:
     for name in possible_formats(data):
         try:
             image = open_format(name, data, max_pixels)
-        except SyntaxError:  # by which Pillow says that it is of another format
+        except SyntaxError:  # Pillow's sign of another format
             continue
         except Exception as error:
             raise ImageError(f"{describe(source)} cannot be opened: {reason(error)}") from error
@@ -226,7 +227,7 @@ def open_format(name: str, data: bytes, max_pixels: float) -> Image.Image:
 
 
 def check_tiff(data: bytes, max_pixels: float) -> None:
-    """Raise ValueError for a TIFF whose first directory claims more than a real file can.
+    """Raise ValueError for a TIFF whose first directory has more tags or strips than a real file.
 
     Pillow copies the data of every tag and lists every strip before the size of the image can be asked for.
     """
@@ -262,7 +263,7 @@ def decode(image: Image.Image, source: Any) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """The orientation that EXIF names, or XMP where EXIF names none: 1 to 8, 1 for upright.
+    """The orientation in EXIF, or else in XMP: 1 to 8, 1 for upright.
 
     Pillow's own reader copies the data of every tag, and many tags may name the same bytes. A TIFF's orientation was
     applied by Pillow when it was decoded.
@@ -305,7 +306,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         image = to_eight_bits(image)
     if image.has_transparency_data:
-        # From grey with premultiplied alpha Pillow knows one way out only.
+        # Pillow converts grey with premultiplied alpha to one mode only.
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -313,7 +314,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Modes I, I;16 and F in grey of 8 bits; converted by Pillow, all above 255 would be white.
+    """Modes I, I;16 and F as 8-bit grey. Pillow's own conversion clips values above 255.
 
     The scale is the first of the usual ones that holds the brightest pixel, or that pixel itself.
     """
@@ -389,14 +390,14 @@ def describe(source: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line, or its kind where it says nothing."""
+    """The message of an exception in one line, or its class name if it has none."""
     message = (getattr(error, "strerror", None) or str(error)).strip()
     return message.partition("\n")[0] or type(error).__name__
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become the encoder's input; it travels with the weights.
+    """How images become the encoder's input. It is stored with the weights.
 
     size: rows and columns that the whole image is resized to, nothing cropped, its aspect ratio given up.
     mean, std: of the three channels, by which values in [0, 1] are normalised; ImageNet's by default.
@@ -424,7 +425,7 @@ class Preprocessing:
         return values
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The whole image at the size that the model reads; one of that size already is returned as it is."""
+        """The whole image at the model's input size; an image of that size is returned as it is."""
         if image.size == self.size[::-1]:
             return image
         return image.resize(self.size[::-1], Image.Resampling.BILINEAR)

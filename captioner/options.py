@@ -1,4 +1,4 @@
-"""The values that the options of captioning may have. Nothing heavy is imported here, for the command line's sake."""
+"""The options of captioning and their limits. Nothing heavy is imported here, so that the command starts quickly."""
 
 import operator
 from typing import NamedTuple, TypedDict
@@ -21,7 +21,7 @@ class Options(TypedDict, total=False):
 
 
 class Limits(NamedTuple):
-    """The values of one option: whole numbers where `whole`, from `low` (itself left out where `above`) to `high`."""
+    """The limits of one option: from `low` (excluded if `above`) to `high`; only integers if `whole`."""
 
     whole: bool
     low: float
@@ -50,10 +50,10 @@ LIMITS = {
 
 
 def check_option(name: str, value: object) -> int | float:
-    """The value as a Python number.
+    """Check the value of an option and return it as a Python number.
 
     Raises:
-        ValueError: the option cannot have it; the message names the option, its limits and the value.
+        ValueError: the value is outside the limits; the message names the option, its limits and the value.
     """
     limits = LIMITS[name]
     try:

@@ -1,4 +1,4 @@
-"""Photographs read ahead: in threads, in order, and never more than two batches of them."""
+"""Reading photographs ahead in threads: in order, and at most two batches at a time."""
 
 import itertools
 import os
@@ -10,18 +10,18 @@ from PIL import Image
 
 from captioner.images import ImageError, ImageSource, Preprocessing, load_image
 
-PREVIEW = 1024  # pixels of the longer side of what is kept of a photograph
-# Each thread holds one whole photograph at a time. One more than there are processors: some wait for the disk.
+PREVIEW = 1024  # pixels of the longer side of a preview
+# Each thread holds one whole photograph at a time. One thread more than processors, since some wait for the disk.
 THREADS = min(8, (os.cpu_count() or 1) + 1)
 
 
 class Photo(NamedTuple):
-    """What is kept of one photograph.
+    """One photograph, reduced to what captioning needs.
 
-    pixels: RGB, of the size that the model reads.
+    pixels: RGB, of the model's input size.
     preview: upright, RGB, with a longer side of at most `PREVIEW` pixels.
     size: width and height of the whole photograph.
-    path: where it is; None where it was not given by its path.
+    path: its path; None where it was not given by its path.
     """
 
     pixels: Image.Image
@@ -39,12 +39,12 @@ def read_photo(source: ImageSource, preprocessing: Preprocessing, max_pixels: fl
     image = load_image(source, max_pixels)
     pixels = preprocessing.resize(image)
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
-    # An image of the right size already may be the caller's own, who may draw on it.
+    # `resize` returns an image of the right size as it is: the caller's own, who may change it.
     return Photo(pixels.copy() if pixels is image else pixels, make_preview(image), image.size, path)
 
 
 def make_preview(image: Image.Image) -> Image.Image:
-    """A copy whose longer side has at most `PREVIEW` pixels, without metadata but its colour profile."""
+    """A copy whose longer side has at most `PREVIEW` pixels. Of the metadata only the colour profile is kept."""
     scale = PREVIEW / max(image.size)
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -58,10 +58,10 @@ def make_preview(image: Image.Image) -> Image.Image:
 def read_batches(
     sources: Iterator[ImageSource], batch_size: int, read: Callable[[ImageSource], Photo]
 ) -> Generator[list[Photo | ImageError], None, None]:
-    """Read batches of photographs; while the caller works on one, threads read the next.
+    """Read batches of photographs. While the caller works on one batch, threads read the next.
 
-    `sources` is advanced in the caller's thread. Paths and bytes are read in threads. What the caller may close or
-    write to once `sources` has moved on (open files, images, arrays) is read at once.
+    `sources` is advanced in the caller's thread. Paths and bytes are read in threads. Open files, images and arrays,
+    which the caller may close or change once `sources` has advanced, are read at once.
 
     Args:
         sources: the photographs.
@@ -69,11 +69,11 @@ def read_batches(
         read: reads one of them.
 
     Returns:
-        Batches in order, with an ImageError in the place of what could not be read. Closing the iterator cancels
-        what is not begun and waits for what is.
+        Batches in order, with an ImageError in place of a photograph that could not be read. Closing the iterator
+        cancels reads that have not begun and waits for those that have.
 
     Raises:
-        Exception: what `sources` raised, after the photographs before it.
+        Exception: whatever `sources` raised, after the photographs before it.
     """
     ended = False
     failure: Exception | None = None

@@ -1,4 +1,4 @@
-"""Words and the whole numbers that stand for them."""
+"""Words and their ids."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,17 +8,16 @@ SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 
 
 class Vocabulary:
-    """The words a model can read and say, each with its id.
+    """The words of a model, each with its id.
 
-    The first four ids are the same in every vocabulary: `PAD` fills the space after a short caption, `START`
-    comes before the first word, `END` after the last one, `UNKNOWN` stands for any word that is not here.
+    The first four ids are the same in every vocabulary: `PAD` fills up short captions, `START` comes before the first
+    word, `END` after the last one, and `UNKNOWN` stands for words that are not in the vocabulary.
 
     Args:
-        words: the words proper, without the four special ones, in the order of their ids.
+        words: the words in the order of their ids, without the four special ones.
 
     Raises:
-        ValueError: a word is no string, cannot be written in UTF-8, is empty, stands there twice, or is one of the
-            special ones.
+        ValueError: a word is not a string, cannot be encoded in UTF-8, is empty, occurs twice, or is a special one.
     """
 
     def __init__(self, words: Iterable[str]) -> None:
@@ -43,11 +42,11 @@ class Vocabulary:
         return cls(sorted(kept, key=lambda word: (-counts[word], word)))
 
     def encode(self, words: Sequence[str]) -> list[int]:
-        """The ids of a caption's words with `START` before and `END` after: length + 2 numbers."""
+        """The ids of a caption's words, with `START` before and `END` after them."""
         return [START, *(self.ids.get(word, UNKNOWN) for word in words), END]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
-        """The words behind `ids` up to the first `END`; `START` and `PAD` are passed over."""
+        """The words of `ids` up to the first `END`, without `START` and `PAD`."""
         words = []
         for index in ids:
             if index == END:

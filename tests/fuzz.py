@@ -462,19 +462,21 @@ def post(url: str, body: bytes, headers: dict[str, str]) -> Any:
 @contextlib.contextmanager
 def page(captioner: Captioner) -> Iterator[str]:
     """The page's address for as long as the block lasts, with the same limit of pixels as the other ways."""
-    limited = functools.partial(Service, max_pixels=MAX_PIXELS)
-    with unittest.mock.patch("app.server.Service", limited), run_app({"small": captioner}, max_upload_mb=100) as url:
+    service = functools.partial(Service, max_pixels=MAX_PIXELS)
+    with unittest.mock.patch("app.server.Service", service), run_app({"small": captioner}, max_upload_mb=100) as url:
         yield url
 
 
 @contextlib.contextmanager
 def limited(name: str, slowest: dict[str, float]) -> Iterator[None]:
-    """A block that ends the process after a minute, and raises AssertionError where it took more than `SECONDS`."""
-    faulthandler.dump_traceback_later(60, exit=True)  # a hang inside a codec cannot be interrupted otherwise
+    """A block that may take so many `SECONDS`, else AssertionError is raised. One that hangs ends the process."""
+    faulthandler.dump_traceback_later(600, exit=True)  # a codec cannot be interrupted otherwise; others may be busy
     began = time.process_time()
-    yield
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     took = time.process_time() - began
-    faulthandler.cancel_dump_traceback_later()
     slowest[name] = max(slowest.get(name, 0.0), took)
     assert took < SECONDS, f"{name} took {took:.1f} s"
 
@@ -564,7 +566,7 @@ def main() -> None:
             if number == len(BOMBS) + 2:
                 before = memory()
                 peak_memory(reset=True)
-            if number % 40 == 0:
+            if number % 20 == 0:
                 print(f"{len(results)} files, {memory():.0f} MB, {time.monotonic() - began:.0f} s", flush=True)
         grown, peak = memory() - before, peak_memory() - before
     images = results.count("image")

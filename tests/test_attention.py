@@ -1,6 +1,8 @@
 """Attention weights are a distribution over the regions, and those that each mechanism's equation gives."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from captioner.search import beam_search
 from captioner.vocabulary import END, START
 from training.losses import caption_loss
 
+README = Path(__file__).parents[1] / "README.md"
 SIZES = {"channels": 6, "hidden_size": 5, "attention_size": 4}
 # Options with which the mechanisms are tested; a new one needs a line here only if its defaults do not suit the sizes.
 OPTIONS = {"multi_head": {"heads": 2}}
@@ -43,6 +46,17 @@ def attention_of(name: str, seed: int = 0, scale: float = 1.0, **options):
     for weight in attention.parameters():
         nn.init.normal_(weight, std=scale)
     return attention
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_sharpening_divides_the_temperature_of_the_softmax(name):
+    hidden, annotations, _ = inputs(2, 3, 7, seed=1)
+    attention = attention_of(name, **({"inference": "expectation"} if name == "hard" else {})).eval()
+    before = attention(hidden, attention.keys(annotations), annotations).alpha
+    attention.sharpen(1.5)
+    after = attention(hidden, attention.keys(annotations), annotations).alpha
+    assert torch.allclose(after, (1.5 * before.log()).softmax(dim=-1), atol=1e-6)
+    assert name == "none" or not torch.allclose(after, before, atol=1e-3)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -312,23 +326,11 @@ def test_texts_that_are_no_options_are_refused(name, text, message):
         parse_options(name, [text])
 
 
-def test_a_new_mechanism_is_one_class(monkeypatch):
+def test_the_mechanism_in_the_readme_is_all_that_it_takes_to_add_one(monkeypatch):
     monkeypatch.setattr("captioner.network.attention.MECHANISMS", dict(MECHANISMS))
-
-    @register
-    class CosineAttention(Attention):
-        name = "cosine"
-
-        def __init__(self, channels, hidden_size, attention_size, *, sharpness: float = 10.0):
-            super().__init__(channels, hidden_size, attention_size)
-            self.query, self.sharpness = nn.Linear(hidden_size, channels), sharpness
-
-        def keys(self, annotations):
-            return nn.functional.normalize(annotations, dim=-1)
-
-        def scores(self, hidden, keys):
-            return self.sharpness * nn.functional.normalize(self.query(hidden), dim=-1) @ keys.transpose(1, 2)
-
+    (code,) = re.findall(r"```python\n(@register\n.*?)```", README.read_text("utf-8"), re.DOTALL)
+    scope = {"Attention": Attention, "register": register, "nn": nn}
+    exec(code, scope)
     for decoder in ("lstm", "transformer"):
         sizes = {"decoder": decoder, "hidden_size": 8, "heads": 2}
         model = small_model(attention="cosine", attention_options={"sharpness": 3.0}, **sizes).train()
@@ -352,4 +354,4 @@ def test_a_new_mechanism_is_one_class(monkeypatch):
         assert torch.allclose(weights.sum(dim=-1), torch.ones_like(weights[..., 0]), atol=1e-5)
         assert parse_options("cosine", []) == {"sharpness": 10.0}
     with pytest.raises(ValueError, match="there is an attention mechanism 'cosine' already"):
-        register(CosineAttention)
+        register(scope["CosineAttention"])

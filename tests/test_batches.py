@@ -43,8 +43,8 @@ def test_the_processes_share_the_batches_of_one_process():
     for position, whole in enumerate(alone):
         together = [index for share in shares for index in seen([share[position]])]
         assert sorted(together) == sorted(seen([whole]))
-        assert all(share[position].words == whole.words for share in shares)
-        assert all(share[position].whole == whole.whole for share in shares)
+        assert all(share[position].word_count == whole.word_count for share in shares)
+        assert all(share[position].caption_count == whole.caption_count for share in shares)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone():
@@ -58,8 +58,8 @@ def test_images_come_with_their_own_captions_and_indices():
         for image, captions, index in zip(batch.images, batch.captions, batch.indices, strict=True):
             assert index == int(image)
             assert captions.tolist() == [[START, 4 + index, 5, END], [START, 4 + index, END, PAD]]
-        assert batch.size == (4 if len(batch.indices) == 4 else 3)
-        assert batch.words == int((batch.captions[..., 1:] != PAD).sum())
+        assert batch.image_count == (4 if len(batch.indices) == 4 else 3)
+        assert batch.word_count == int((batch.captions[..., 1:] != PAD).sum())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

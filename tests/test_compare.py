@@ -77,7 +77,7 @@ def test_a_mean_and_a_spread_are_over_the_seeds():
     ("arguments", "message"),
     [(["--word", "cat"], "does not hold the --word 'cat'"), (["--kinds", "telepathy"], "telepathy")],
 )
-def test_wrong_usage_is_told_before_anything_is_trained(options, tmp_path, capsys, arguments, message):
+def test_wrong_usage_is_reported_before_anything_is_trained(options, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit, match="2"):
         compare.main([*options, "--output", str(tmp_path / "run"), *arguments])
     assert message in capsys.readouterr().err

@@ -5,9 +5,9 @@ import torch
 from conftest import small_model
 
 from captioner.vocabulary import END, PAD, SPECIAL, START
+from training.composed_loss import chosen_rows, composed_loss, content_words, split_composed
 from training.data.batches import pad_captions
 from training.data.composed import ROWS, add_composed, compose, join
-from training.losses import chosen_rows, composed_loss, content_words, split_composed
 
 GRID = (2, 4)
 

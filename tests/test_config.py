@@ -84,3 +84,18 @@ def test_a_flag_that_makes_no_sense_is_refused(arguments, capsys):
         parse_arguments(arguments)
     assert exit_.value.code == 2
     assert arguments[0].lstrip("-").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("/usr/bin/captioner-evaluate", "captioner-train"),
+        ("C:/Scripts/captioner-train.exe", "captioner-train"),
+        ("/home/me/training/train.py", "python -m training.train"),
+    ],
+)
+def test_help_names_the_command_as_it_can_be_run(monkeypatch, capsys, program, expected):
+    monkeypatch.setattr("sys.argv", [program])
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {expected} ")

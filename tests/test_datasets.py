@@ -79,7 +79,7 @@ def test_captions_of_images_in_no_split_are_no_problem(tmp_path):
         ),
     ],
 )
-def test_a_bad_line_is_skipped_and_told_by_file_and_line(tmp_path, line, problem):
+def test_a_bad_line_is_skipped_and_reported_by_file_and_line(tmp_path, line, problem):
     dataset = read_dataset("flickr8k", release(tmp_path, b"a.jpg#0\tA dog\n" + line + b"\nb.jpg#0\tA cat\n"))
     assert dataset.problems == (problem,)
     assert [item.captions for split in dataset.splits.values() for item in split] == [("A dog",), ("A cat",)]
@@ -91,7 +91,7 @@ def test_windows_line_ends_blank_lines_and_a_byte_order_mark_are_no_problem(tmp_
     assert contents("flickr8k", root)["train"] == [("Flicker8k_Dataset/a.jpg", ("A dog",))]
 
 
-def test_a_listed_image_without_file_without_caption_or_listed_twice_is_told(tmp_path):
+def test_a_listed_image_without_file_without_caption_or_listed_twice_is_reported(tmp_path):
     root = release(tmp_path, "a.jpg#0\tA dog\ngone.jpg#0\tA cow\n")
     write(root, "Flickr8k_text/Flickr_8k.trainImages.txt", "a.jpg\ngone.jpg\n")
     write(root, "Flickr8k_text/Flickr_8k.devImages.txt", "b.jpg\na.jpg\n")
@@ -135,7 +135,7 @@ def test_kaggles_flickr8k_with_the_official_lists_uses_them(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["only-a-name.jpg", "a.jpg,A dog, a cat", 'a.jpg,"never closed', 'a.jpg,"a" b'])
-def test_a_malformed_line_of_kaggles_flickr8k_is_told(tmp_path, line):
+def test_a_malformed_line_of_kaggles_flickr8k_is_reported(tmp_path, line):
     images(tmp_path, "Images", "a.jpg")
     write(tmp_path, "captions.txt", f"image,caption\na.jpg,A dog\n{line}\n")
     (problem,) = read_dataset("flickr8k", tmp_path).problems
@@ -158,7 +158,7 @@ def test_the_release_of_flickr30k_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["", "flickr30k_images/"])
-def test_kaggles_flickr30k_is_read_and_its_malformed_line_is_told(tmp_path, folder):
+def test_kaggles_flickr30k_is_read_and_its_malformed_line_is_reported(tmp_path, folder):
     images(tmp_path, f"{folder}flickr30k_images", "1.jpg")
     write(
         tmp_path,
@@ -195,7 +195,7 @@ def test_coco_is_read_with_val_as_dev(tmp_path, year, folder):
     }
 
 
-def test_what_is_wrong_in_cocos_json_is_told_by_its_place(tmp_path):
+def test_what_is_wrong_in_cocos_json_is_reported_by_its_place(tmp_path):
     images(tmp_path, "val2017", "1.jpg")
     annotations = [
         {"id": 1, "image_id": 1, "caption": "A dog"},
@@ -266,7 +266,7 @@ def test_karpathys_coco_has_folders_and_trains_on_restval(tmp_path):
     assert contents("coco", tmp_path)["train"] == [("train2014/1.jpg", ("A dog.",)), ("val2014/1.jpg", ("A cat.",))]
 
 
-def test_what_is_wrong_in_karpathys_json_is_told_by_its_place(tmp_path):
+def test_what_is_wrong_in_karpathys_json_is_reported_by_its_place(tmp_path):
     images(tmp_path, "Images", "a.jpg", "b.jpg")
     karpathy(
         tmp_path,

@@ -65,10 +65,10 @@ def run(model, root, output, *more):
 
 def test_a_broken_image_is_named_and_the_rest_are_scored(model, root, tmp_path, capsys):
     assert run(model, root, tmp_path / "out", "--beam-size", "1", "3") == 0
-    said = capsys.readouterr()
-    assert "white.jpg" in said.err
-    assert "METEOR left out: it runs on Java" in said.err
-    table = [line for line in said.out.splitlines() if line.startswith("|")]
+    printed = capsys.readouterr()
+    assert "white.jpg" in printed.err
+    assert "METEOR left out: it runs on Java" in printed.err
+    table = [line for line in printed.out.splitlines() if line.startswith("|")]
     assert [line.split("|")[2].strip() for line in table] == ["beam", "---", "1", "3"]
     figures = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert [evaluation["beam_size"] for evaluation in figures["evaluations"]] == [1, 3]
@@ -250,13 +250,13 @@ def test_a_data_set_without_the_split_is_named_with_where_its_splits_come_from(m
     assert "captions has no image in its test split (captions in captions.csv; splits" in capsys.readouterr().err
 
 
-def test_what_the_data_set_lacks_is_told(model, root, tmp_path, capsys):
+def test_what_the_data_set_lacks_is_reported(model, root, tmp_path, capsys):
     (root / "Flicker8k_Dataset" / "red.jpg").unlink()
     assert run(model, root, tmp_path / "out", "--beam-size", "1") == 0
     assert re.search(r"skipped \d+ in flickr8k, the first: .*red\.jpg", capsys.readouterr().err)
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_captioning(model, root, tmp_path, capsys, monkeypatch):
+def test_an_output_that_cannot_be_written_is_reported_before_the_captioning(model, root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("captioned in vain"))
     (tmp_path / "file").touch()
     assert run(model, root, tmp_path / "file" / "out") == 1

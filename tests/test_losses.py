@@ -47,9 +47,9 @@ def test_captions_are_made_likelier_by_their_advantage(choice):
     output = result_of(choice)
     advantage = torch.tensor([[2.0, -1.0], [0.5, 7.0]])
     expected = torch.zeros(())
-    for (image, row, step), told in by_word(output, SPECIAL).items():
+    for (image, row, step), log_probability in by_word(output, SPECIAL).items():
         drawn = output.choice_log_probability[image, row, step] if choice else 0.0
-        expected = expected - advantage[image, row] * (told + drawn) / 4
+        expected = expected - advantage[image, row] * (log_probability + drawn) / 4
     loss = self_critical_loss(output, advantage, captions=4)
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
     (ours,) = torch.autograd.grad(loss, output.logits)
@@ -64,9 +64,11 @@ def test_drawn_regions_are_rewarded_by_the_log_probabilities_over_the_baseline(r
     words = by_word(output)
     for image in range(2):
         for row in range(2):
-            own = [(place, told) for place, told in words.items() if place[:2] == (image, row)]
+            own = [(place, log_probability) for place, log_probability in words.items() if place[:2] == (image, row)]
             for place, _ in own:
-                to_come = sum(float(told.detach()) + 1.5 for later, told in own if later[2] >= place[2])
+                to_come = sum(
+                    float(log_probability.detach()) + 1.5 for later, log_probability in own if later[2] >= place[2]
+                )
                 expected = expected - reinforce * to_come * output.choice_log_probability[place] / 7
             for place, _ in own:
                 weights = output.alpha[place][0]

@@ -39,9 +39,9 @@ def test_twenty_pictures_train_a_model_that_captions_and_is_scored(stars, option
     picture = str(stars.parent / "photos" / "0.png")
     capsys.readouterr()
     assert caption([picture, "--model", run]) == 0
-    said = capsys.readouterr().out
-    assert "star" in said
-    assert set(said.split()) <= {*tiny.COLOURS, "a", "star", "all"}
+    printed = capsys.readouterr().out
+    assert "star" in printed
+    assert set(printed.split()) <= {*tiny.COLOURS, "a", "star", "all"}
     assert evaluate.main(["--model", run, "--data", str(stars), "--beam-size", "1"]) == 0
     scores = json.loads((tmp_path / "run" / "evaluation-dev" / "scores.json").read_text())
     assert scores["evaluations"][0]["sets"]["stars"]["scores"]["BLEU-1"] > 0
@@ -82,7 +82,7 @@ def test_a_run_goes_on_where_the_folder_has_moved(stars, options, tmp_path):
         (2, [], "no usable image in the dev split of stars (captions in stars.csv; no splits named, split by a hash"),
     ],
 )
-def test_what_too_few_captions_lack_is_told_with_the_remedy(stars, options, tmp_path, capsys, rows, flags, message):
+def test_what_too_few_captions_lack_is_reported_with_the_remedy(stars, options, tmp_path, capsys, rows, flags, message):
     shutil.copytree(stars.parent, tmp_path / "own")
     file = tmp_path / "own" / "stars.csv"
     file.write_text("\n".join(file.read_text().splitlines()[: 1 + rows]) + "\n")

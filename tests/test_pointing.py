@@ -62,7 +62,7 @@ def items(tmp_path):
     return made
 
 
-def test_a_model_that_points_right_is_told_from_one_that_points_wrong(items):
+def test_a_model_that_points_right_is_distinguished_from_one_that_points_wrong(items):
     right, wrong = (pointing.check_pointing(Pointer(place), items, pairs=20) for place in (True, False))
     assert (right.words, right.hits) == (40, 1.0)
     assert right.weight > 0.8
@@ -89,7 +89,7 @@ def captions(items, tmp_path):
     return path
 
 
-def test_the_command_line_tells_the_shares_of_each_data_set(captions, monkeypatch, capsys):
+def test_the_command_line_prints_the_shares_of_each_data_set(captions, monkeypatch, capsys):
     monkeypatch.setattr(Captioner, "from_pretrained", lambda *_: Pointer(True))
     data = ["--data", str(captions), "--data", f"again={captions}"]
     assert pointing.main([*data, "--pairs", "20"]) == 0
@@ -103,9 +103,9 @@ def test_the_command_line_names_what_it_cannot_check_and_goes_on(captions, items
     monkeypatch.setattr(Captioner, "from_pretrained", lambda *_: Pointer(True))
     (tmp_path / "dogs.jsonl").write_text(f'{{"file_name": "{items[0].path.name}", "text": "a dog", "split": "dev"}}\n')
     assert pointing.main(["--data", str(tmp_path / "dogs.jsonl"), "--data", str(captions)]) == 1
-    said = capsys.readouterr()
-    assert "dogs: these photographs show no two different things" in said.err
-    assert said.out.startswith("captions: 100%")
+    printed = capsys.readouterr()
+    assert "dogs: these photographs show no two different things" in printed.err
+    assert printed.out.startswith("captions: 100%")
     assert pointing.main(["--data", str(tmp_path / "gone.csv")]) == 1
     assert "cannot read the captions in" in capsys.readouterr().err
 

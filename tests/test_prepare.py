@@ -251,7 +251,7 @@ def test_a_part_that_is_longer_than_the_file_is_dropped(server, run, tmp_path):
     assert [wanted for _, wanted in server.requests[1:]] == [f"bytes={len(PHOTOS) + 4}-", None]
 
 
-def test_a_server_that_tells_no_length_is_believed_if_the_digest_fits(server, run, tmp_path):
+def test_a_server_that_gives_no_length_is_accepted_if_the_digest_fits(server, run, tmp_path):
     server.lengths = False
     assert run() == 0
     assert files(tmp_path / "root") == WHOLE
@@ -368,7 +368,7 @@ def test_only_the_wanted_members_are_unpacked_and_must_be_there(tmp_path):
         unpack(tmp_path / "x.zip", tmp_path, ["c.json"])
 
 
-def test_a_damaged_archive_is_told_by_name(tmp_path):
+def test_a_damaged_archive_is_reported_by_name(tmp_path):
     (tmp_path / "x.zip").write_bytes(TEXT[:-30])
     with pytest.raises(PrepareError, match=r"x\.zip cannot be unpacked: .*; remove it"):
         unpack(tmp_path / "x.zip", tmp_path)
@@ -421,7 +421,7 @@ def test_an_interruption_says_how_to_continue(server, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("interrupted; run the same command again to continue\n")
 
 
-def test_where_a_form_has_to_be_filled_in_the_user_is_told_and_a_second_run_finds_the_photographs(
+def test_where_a_form_has_to_be_filled_in_the_user_is_directed_there_and_a_second_run_finds_the_photographs(
     server, tmp_path, capsys
 ):
     captions = b'{"images": [{"filename": "1.jpg", "split": "train", "sentences": [{"raw": "A dog."}]}]}'
@@ -429,9 +429,9 @@ def test_where_a_form_has_to_be_filled_in_the_user_is_told_and_a_second_run_find
     archive = Archive(f"{server.url}/caption_datasets.zip", None, only=("dataset_flickr30k.json",))
     recipes = {"flickr30k": Recipe("flickr30k", (archive,), "for tests", RECIPES["flickr30k"].by_hand)}
     assert main(["flickr30k", "--root", str(tmp_path)], recipes) == 1
-    told = capsys.readouterr().err
-    assert "https://forms.illinois.edu/sec/229675" in told
-    assert f"{tmp_path}/flickr30k-images/*.jpg" in told
+    printed = capsys.readouterr().err
+    assert "https://forms.illinois.edu/sec/229675" in printed
+    assert f"{tmp_path}/flickr30k-images/*.jpg" in printed
     (tmp_path / "flickr30k-images").mkdir()
     (tmp_path / "flickr30k-images/1.jpg").write_bytes(b"jpeg")
     assert main(["flickr30k", "--root", str(tmp_path)], recipes) == 0

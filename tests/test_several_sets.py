@@ -11,6 +11,7 @@ from test_training import assert_same_run, losses
 
 from captioner import Captioner
 from captioner.network.decoder import TeacherForced
+from training import self_critical, trainer
 from training.data.batches import EpochBatches
 from training.data.images import FeatureSource
 from training.losses import caption_loss
@@ -61,31 +62,27 @@ def test_words_of_all_sets_are_known(run):
 
 
 def test_self_critical_training_counts_documents_in_the_training_captions_of_all_sets(options, tmp_path, monkeypatch):
-    from training import trainer
-
     made = []
 
-    class Kept(trainer.CiderD):
+    class Kept(self_critical.CiderD):
         def __init__(self, corpus):
             super().__init__(corpus)
             made.append(self)
 
-    monkeypatch.setattr(trainer, "CiderD", Kept)
+    monkeypatch.setattr(self_critical, "CiderD", Kept)
     stages = (
         "--language-epochs 0 --epochs 0 --finetune-epochs 0 --scst-epochs 1 --scst-samples 2 --max-length 8".split()
     )
     assert main([*options, *stages, "--output", str(tmp_path / "run")]) == 0
     (reward,) = made
     # Seven images of circles and squares and four of triangles, one caption or more each; dev images do not count.
-    assert reward.most == pytest.approx(math.log(7 + 4))
+    assert reward.log_documents == pytest.approx(math.log(7 + 4))
     assert (reward.documents["circle",] + reward.documents["square",], reward.documents["triangle",]) == (7, 4)
     assert reward.documents["a", "red"] == 2 + 1  # pictures 0 and 6 of the one set, picture 0 of the other
 
 
 @pytest.mark.parametrize("stop", [2, 6, 9])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(options, run, tmp_path, stop, monkeypatch):
-    from training import trainer
-
     flags = [*options, *STAGES, "--output", str(tmp_path / "run"), "--resume"]
     step, steps = trainer.Trainer.step, []
 
@@ -144,5 +141,5 @@ def test_words_and_captions_of_a_batch_are_counted_by_the_weights_of_their_sets(
     captions = [[[1, 5, 2]], [[1, 5, 6, 2], [1, 5, 2]]]
     features = FeatureSource(np.zeros((2, 1, 1), np.float16))
     batch = EpochBatches(features, captions, 2, 0, 0, weights=[1.0, 3.0])[0]
-    assert (batch.words, batch.whole) == (2 + 3 * 5, 1 + 3 * 2)
+    assert (batch.word_count, batch.caption_count) == (2 + 3 * 5, 1 + 3 * 2)
     assert sorted(batch.image_weights.tolist()) == [1, 3]

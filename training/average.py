@@ -1,8 +1,8 @@
-"""One model from several of the same shape, its weights their mean:
+"""Average the weights of several models of the same shape:
 `python -m training.average runs/a runs/b --output runs/mean`.
 
-Models that were tuned from the same one in different ways often average into a better one, at no cost in use
-(Wortsman et al. 2022, "Model soups").
+The mean of models that were tuned from the same one in different ways is often better than each of them, at no
+additional cost (Wortsman et al. 2022, "Model soups").
 """
 
 import argparse
@@ -18,7 +18,7 @@ from . import command
 
 
 def average(models: Sequence[Checkpoint]) -> Checkpoint:
-    """The mean of the weights; words, preprocessing and what is not a number of the first.
+    """A model with the mean of the weights; its words, preprocessing and integer buffers are those of the first.
 
     Raises:
         ValueError: there is no model, or two differ in shape or in words.

@@ -1,12 +1,12 @@
-"""How fast, as ratios within one run: `python -m training.benchmark`.
+"""Speed, as ratios within one run: `python -m training.benchmark`.
 
-Captioning is told over the encoder's own forward pass, the least any captioner with that encoder takes. Training
-and search are told over the usual tutorial implementation of the same model: every caption comes with its own copy
-of the image, the keys are computed again at every step, the beams of one image are followed at a time. It is written
-out here, runs on the same weights, and is checked to give the same numbers before it is timed.
+Captioning time is divided by the time of one encoder pass, the minimum for any captioner with that encoder. Training
+and search are compared with the usual tutorial implementation of the same model: every caption has its own copy of the
+image, the keys are computed again at every step, and beams are expanded for one image at a time. It is implemented
+here, uses the same weights, and must give the same results before it is timed.
 
-A stream of photographs in files is told over one of pictures that are in memory, in the size that the model reads: what
-is left to win by reading faster.
+The rate of a stream of photographs in files is divided by that of a stream of small pictures in memory: the ratio is 1
+if reading files takes no additional time.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from .losses import caption_loss
 
 
 def tutorial_step(decoder: AttentionLSTM, annotations: Tensor, state: State, words: Tensor) -> tuple[Tensor, State]:
-    """One step for a batch of captions, each with its annotation vectors; everything is computed anew.
+    """One step for a batch of captions, each with its own annotation vectors; nothing is cached.
 
     annotations (captions, regions, channels), state (captions, hidden), words (captions,).
     """
@@ -53,7 +53,7 @@ def tutorial_step(decoder: AttentionLSTM, annotations: Tensor, state: State, wor
 
 
 def tutorial_loss(model: ShowAttendTell, images: Tensor, captions: Tensor) -> Tensor:
-    """Cross-entropy of `captions` (captions, length), each with its own image, the longest first."""
+    """Cross-entropy of `captions` (captions, length), each with its own image; sorted by length."""
     decoder = cast(AttentionLSTM, model.decoder)
     annotations = model.annotate(images)
     lengths = (captions != PAD).sum(dim=1) - 1
@@ -71,9 +71,9 @@ def tutorial_loss(model: ShowAttendTell, images: Tensor, captions: Tensor) -> Te
 
 
 def tutorial_beam(model: ShowAttendTell, image: Tensor, beam_size: int, max_length: int) -> list[int]:
-    """The words of one image (1, 3, height, width), its beams followed together, other images waiting.
+    """The words of the best caption of one image (1, 3, height, width).
 
-    As in `beam_search` captions are ranked by mean log-probability, the finished among the unfinished.
+    As in `beam_search`, finished and unfinished captions are ranked together, by mean log-probability.
     """
     decoder = cast(AttentionLSTM, model.decoder)
     annotations = model.annotate(image)
@@ -98,7 +98,7 @@ def tutorial_beam(model: ShowAttendTell, image: Tensor, beam_size: int, max_leng
 
 
 def seconds(action: Callable[[], object], repeats: int) -> float:
-    """The median time of `repeats` calls, after one that is not counted."""
+    """The median time of `repeats` calls in seconds, after one call to warm up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -110,19 +110,19 @@ def seconds(action: Callable[[], object], repeats: int) -> float:
 
 
 def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: int = 5) -> dict[str, float]:
-    """Measure a model on random images and captions of the lengths people write.
+    """Measure a model on random images, and captions of random words with realistic lengths.
 
     Args:
         captioner: the model; its weights are not changed.
         images: images in a batch.
         rows: captions an image.
-        repeats: times each thing is done; the median counts.
+        repeats: number of runs of each measurement, of which the median is taken.
 
     Returns:
-        What was measured, by name; the names of ratios say what is over what.
+        Measurements by name; the names of ratios are "numerator / denominator".
 
     Raises:
-        RuntimeError: the tutorial implementation gives other numbers, so that comparing times would mean nothing.
+        RuntimeError: the tutorial implementation gives other results.
         ValueError: there is no tutorial implementation of this kind of model.
     """
     model = captioner.model
@@ -207,13 +207,13 @@ def stream_benchmark(
 
     Args:
         captioner: the model.
-        photographs: how many JPEG files are written for it; their captions are all kept.
+        photographs: number of JPEG files to write and caption.
         size: width and height of each.
-        repeats: times each thing is done; the median counts.
+        repeats: number of runs of each measurement, of which the median is taken.
 
     Returns:
-        What was measured, by name. The memory is what the process had at most beyond what it had before, after one
-        stream that is not counted; it is given on Linux only.
+        Measurements by name. The memory is the highest growth of the process during one stream, after another one
+        to warm up; it is measured on Linux only.
     """
     noise = np.random.default_rng(0)
     rows, columns = captioner.preprocessing.size
@@ -221,7 +221,7 @@ def stream_benchmark(
         paths = [Path(folder, f"{number}.jpg") for number in range(photographs)]
         pictures = []
         for path in paths:
-            # Noise at the scale of a hundredth of the picture: about as hard to decode as a photograph.
+            # Noise at the scale of a hundredth of the picture takes about as long to decode as a photograph.
             coarse = Image.fromarray(noise.integers(0, 256, (75, 100, 3), dtype=np.uint8))
             coarse.resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
             pictures.append(coarse.resize((columns, rows)))
@@ -238,7 +238,7 @@ def stream_benchmark(
 
 
 def peak_memory(action: Callable[[], object]) -> float | None:
-    """By how many MB the process grew at most during a call; None where the system does not tell."""
+    """The highest growth of the process during a call, in MB; None where the system does not report it."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
@@ -247,7 +247,7 @@ def peak_memory(action: Callable[[], object]) -> float | None:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 1024
 
-    reset.write_text("5")  # sets the highest so far to the present
+    reset.write_text("5")  # resets the peak to the present size
     before = most()
     action()
     return most() - before
@@ -255,11 +255,11 @@ def peak_memory(action: Callable[[], object]) -> float | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog=command("benchmark"), description=str(__doc__))
+    parser = argparse.ArgumentParser(prog=command("benchmark"), description="Measure the speed of a model.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
     parser.add_argument("--device", default="cpu", help="where to measure")
     parser.add_argument("--images", type=int, default=32, help="images in a batch")
-    parser.add_argument("--repeats", type=int, default=5, help="the median of so many runs counts")
+    parser.add_argument("--repeats", type=int, default=5, help="number of runs, of which the median is taken")
     parser.add_argument("--photographs", type=int, default=16, help="files of 12 megapixels in a stream; 0 for none")
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures there")
     options = parser.parse_args(arguments)

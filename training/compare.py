@@ -1,9 +1,8 @@
 """Train every kind of attention under one budget and compare them:
 `python -m training.compare --data flickr8k=data/flickr8k --output runs/compare --seeds 0 1`.
 
-All other flags are those of `training.train` and hold for every kind, attention options for the kinds that have them.
-A comparison that was stopped goes on when
-the same command is given again.
+All other flags are those of `train` and apply to every kind, attention options to the kinds that have them. A
+comparison that was stopped continues when the same command is given again.
 """
 
 import argparse
@@ -36,11 +35,11 @@ from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
 from .distributed import Distributed, distributed
 from .evaluation import evaluate
+from .interruption import Interrupted
 from .metrics import mean_of_each
 from .scorers import NEED_JAVA
 from .state import TrainingError
 from .train import train
-from .trainer import Interrupted
 
 log = logging.getLogger("training")
 
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(base: TrainConfig, options: argparse.Namespace, processes: Distributed) -> None:
-    """Train and measure what has not been yet, then write the table, the plot and the picture."""
+    """Train and measure the models that are missing, then write the table, the plot and the picture."""
     folder = Path(base.output)
     results: dict[str, list[dict[str, float]]] = {}
     for kind in options.kinds:
@@ -112,12 +111,12 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
 
 
 def run(base: TrainConfig, kind: str, seed: int, output: Path, processes: Distributed) -> dict[str, float]:
-    """The figures of one kind and one seed, from its folder where it has been trained and measured before."""
+    """The figures of one kind and one seed, read from its folder if it has been trained and measured before."""
     asked = {**dataclasses.asdict(base), **KINDS[kind], "seed": seed, "output": str(output), "resume": True}
     own = MECHANISMS[asked["attention"]].option_defaults()
     asked["attention_options"] = tuple(text for text in base.attention_options if text.partition("=")[0] in own)
     config = TrainConfig(**asked)
-    train(config, processes)  # returns at once where the run is at its end
+    train(config, processes)  # returns at once if the run is complete
     if processes.is_first and not (output / RESULT).exists():
         with replacing(output / RESULT) as path:
             path.write_text(json.dumps(measure(config), indent=1) + "\n", "utf-8")
@@ -126,7 +125,7 @@ def run(base: TrainConfig, kind: str, seed: int, output: Path, processes: Distri
 
 
 def measure(config: TrainConfig) -> dict[str, float]:
-    """What a trained model is worth on the dev images, beam 5, and what it cost.
+    """The scores of a trained model on the dev images (beam size 5), its size, and the time of an epoch.
 
     Scores and entropy are means over the data sets that have dev images; where there are several, the scores on each
     of them follow as "NAME CIDEr".
@@ -158,7 +157,7 @@ def measure(config: TrainConfig) -> dict[str, float]:
 
 
 def summary(kind: str, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The mean and the spread (standard deviation) of each figure over the seeds."""
+    """The mean and the standard deviation ("spread") of each figure over the seeds."""
     row: dict[str, Any] = {"kind": kind, "seeds": len(results)}
     for name in results[0]:
         values = [result[name] for result in results]
@@ -201,7 +200,7 @@ def as_csv(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 
 def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bars of the scores of every kind, with their spread."""
+    """Draw the scores of every kind as bars, with their standard deviation."""
     from matplotlib.figure import Figure
 
     plot = Figure(figsize=(11, 3.6), layout="constrained")
@@ -218,7 +217,7 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def photo_of(word: str, config: TrainConfig) -> Path:
-    """The dev image in most of whose captions the word stands."""
+    """The dev image with the word in most of its captions."""
     items = [item for dataset in read_sources(config.data) for item in dataset.splits["dev"]]
 
     def mentions(item: CaptionedImage) -> int:
@@ -228,12 +227,12 @@ def photo_of(word: str, config: TrainConfig) -> Path:
 
 
 def same_word(photo: Image.Image, sentence: str, word: str, models: Mapping[str, Captioner]) -> Image.Image:
-    """One photograph with the map that each kind has for one word, said in the same sentence by all of them.
+    """One photograph with the map of each kind for one word, under teacher forcing with the same sentence.
 
     Args:
         photo: the photograph.
-        sentence, word: what is said, and the word in it whose maps are drawn.
-        models: by the name that is written over their map; all have the same encoder.
+        sentence, word: the caption that all read, and the word in it whose maps are drawn.
+        models: by the title of their map; all have the same encoder.
     """
     captions = [captioner.teacher_forced(photo, sentence) for captioner in models.values()]
     maps = np.stack([caption.attention[caption.index(word)] for caption in captions])

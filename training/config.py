@@ -1,4 +1,4 @@
-"""Every choice of a training run: one dataclass, a flag for each of its fields, and a TOML file for any of them."""
+"""The options of a training run: a dataclass, with a flag for each of its fields; a TOML file may set any of them."""
 
 import argparse
 import dataclasses
@@ -36,9 +36,9 @@ def options_of_mechanisms() -> str:
 class TrainConfig:
     """How to train a captioner. Fields are flags with dashes: `label_smoothing` is `--label-smoothing`.
 
-    Stage one trains the decoder on features that the frozen encoder gave of every image once. Stage two goes on
-    from the best model of stage one and tunes the encoder too, on augmented images. Stage three rewards captions
-    that the model makes itself for their CIDEr-D (self-critical sequence training, Rennie et al. 2017).
+    Stage one trains the decoder on features of the frozen encoder, computed once per image. Stage two continues from
+    the best model of stage one and tunes the encoder too, on augmented images. Stage three rewards captions that the
+    model generates for their CIDEr-D (self-critical sequence training, Rennie et al. 2017).
     """
 
     data: tuple[str, ...] = option(
@@ -57,7 +57,7 @@ class TrainConfig:
     grid: int = option(ModelConfig.grid[0], "rows and columns of regions")
     image_size: int = option(Preprocessing.size[0], "height and width that images are resized to, in pixels")
     start_from: str = option(
-        "", "folder or name of a trained model to go on from; its words and sizes stay, but for grid and image_size"
+        "", "folder or name of a trained model to go on from; its words and sizes are kept, except grid and image_size"
     )
     decoder: str = option(ModelConfig.decoder, "decoder", tuple(DECODERS))
     attention: str = option(ModelConfig.attention, "attention mechanism", tuple(MECHANISMS))
@@ -72,7 +72,7 @@ class TrainConfig:
     annotation_size: int = option(
         ModelConfig.annotation_size, "size of projected annotation vectors; 0: the encoder's own, as in the paper"
     )
-    attention_size: int = option(ModelConfig.attention_size, "size of the space in which attention compares")
+    attention_size: int = option(ModelConfig.attention_size, "size of the keys and queries of attention")
     embedding_size: int = option(ModelConfig.embedding_size, "size of word embeddings, of an lstm")
     hidden_size: int = option(ModelConfig.hidden_size, "size of the LSTM's state, of a transformer's vectors")
     dropout: float = option(ModelConfig.dropout, "share of activations dropped in the decoder")
@@ -92,15 +92,15 @@ class TrainConfig:
     encoder_learning_rate: float = option(1e-4, "stage two: peak learning rate of the encoder")
     finetune_from: str = option("", "stage two: first block of the encoder to tune, such as features.4; empty: all")
     augment: bool = option(True, "stage two: random crops, flips (never where a caption says left or right), colours")
-    crop_area: float = option(0.6, "smallest share of an image's area that augmentation keeps")
-    colour_change: float = option(0.2, "largest relative change of light and colours in augmentation")
+    crop_area: float = option(0.6, "smallest share of an image's area that a crop keeps")
+    colour_change: float = option(0.2, "largest relative change of brightness, contrast and saturation in augmentation")
     views: int = option(
         0,
         "fixed views of each image, the first one the whole image and the others augmented, for which the maps below "
-        "finetune_from are cached, so that an epoch costs only what is tuned; 0: augment anew in every epoch",
+        "finetune_from are cached, so that an epoch computes only the tuned blocks; 0: augment anew in every epoch",
     )
     composed: float = option(
-        0.0, "pictures composed of two photographs to add to each batch, as a share of its size; at most 0.5"
+        0.0, "pictures composed of two photographs that are added to each batch, as a share of its size; at most 0.5"
     )
     pointing: float = option(
         1.0, "weight of the loss that keeps attention on the right photograph of composed pictures"
@@ -108,42 +108,51 @@ class TrainConfig:
     scst_epochs: int = option(0, "stage three: epochs of self-critical training on CIDEr-D")
     scst_learning_rate: float = option(1e-4, "stage three: peak learning rate of the decoder")
     scst_encoder_learning_rate: float = option(0.0, "stage three: peak learning rate of the encoder; 0: frozen")
-    scst_search: str = option("beam", "how captions are drawn in stage three", ("beam", "sample"))
-    scst_samples: int = option(5, "captions drawn for each image in stage three")
-    scst_baseline: str = option("others", "what a drawn caption is compared with", ("others", "greedy"))
+    sharpen: float = option(
+        1.0, "stage three begins by multiplying attention's scores by this; above 1, maps become narrower"
+    )
+    scst_search: str = option("beam", "how captions are generated in stage three", ("beam", "sample"))
+    scst_samples: int = option(5, "captions generated for each image in stage three")
+    scst_baseline: str = option(
+        "others",
+        "baseline of a caption's reward: the image's other captions, or greedy search",
+        ("others", "greedy"),
+    )
     batch_size: int = option(32, "images in a batch, over all processes; each comes with all its captions")
     warmup_steps: int = option(200, "steps over which each stage's learning rate rises to its peak")
     final_rate: float = option(0.05, "share of the peak that the cosine ends each stage with")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices and kernels only")
     clip_norm: float = option(5.0, "gradients are scaled down to this norm")
     scheduled_sampling: float = option(
-        0.0, "share of words read that are the model's own, not people's, by the end of stages one and two"
+        0.0, "share of input words that are the model's own at the end of stages one and two"
     )
     label_smoothing: float = option(0.1, "probability spread over all words in the targets")
     doubly_stochastic: float = option(0.005, "weight of the doubly stochastic attention term, lambda in the paper")
-    ema_decay: float = option(0.998, "decay of the moving average of the weights, which is what is scored and saved")
+    ema_decay: float = option(
+        0.998, "decay of the moving average of the weights; the averaged model is scored and saved"
+    )
 
-    monitor: str = option("CIDEr", "score of decoded dev captions that picks the best model", ("CIDEr", "BLEU-4"))
-    monitor_beam: int = option(BEAM_SIZE, "beam size of that decoding, which is otherwise the one that users get")
+    monitor: str = option("CIDEr", "score of the dev captions that selects the best model", ("CIDEr", "BLEU-4"))
+    monitor_beam: int = option(BEAM_SIZE, "beam size for these captions; all else is as in Captioner.caption")
     patience: int = option(5, "a stage ends after this many epochs without a better score")
 
-    seed: int = option(0, "decides the initial weights, the order of the images, dropout and augmentation")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes a GPU where there is one")
+    seed: int = option(0, "seed of the initial weights, the order of the images, dropout and augmentation")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: a GPU if there is one")
     precision: str = option(
-        "auto", "of the network in training; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16")
+        "auto", "floating-point type in training; auto: bfloat16 on GPUs", ("auto", "float32", "bfloat16")
     )
     export: bool = option(True, "keep models with the graphs that ONNX Runtime captions with, where onnx is installed")
     compile: bool = option(False, "compile the encoder with torch.compile, for long runs")
     workers: int = option(2, "processes that load images in stage two; 0: none")
     checkpoint_every: int = option(500, "steps between checkpoints within an epoch; one follows every epoch")
     cache: str = option("", "folder for cached features; empty: captioner/ in the user's cache folder")
-    resume: bool = option(False, "go on from the last checkpoint in the run folder, if there is one")
+    resume: bool = option(False, "continue from the last checkpoint in the run folder, if there is one")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The config that flags and `--config FILE.toml` ask for; a flag wins over the file.
+    """The options given by flags and by `--config FILE.toml`; flags take precedence over the file.
 
-    Exits with status 2 and a message where a flag, a key of the file or a value is not known.
+    Exits with status 2 and a message if a flag, a key of the file or a value is not valid.
     """
     parser = argparse.ArgumentParser(
         prog=command("train"),
@@ -181,7 +190,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 
 def add_data_flag(parser: argparse.ArgumentParser) -> None:
-    """Give another command line the `--data` of training."""
+    """Add the `--data` of training to another command line."""
     (field,) = (field for field in dataclasses.fields(TrainConfig) if field.name == "data")
     parser.add_argument(
         "--data", action=ReplaceThenAppend, metavar="DATA", default=field.default, help=field.metadata["help"]
@@ -189,7 +198,7 @@ def add_data_flag(parser: argparse.ArgumentParser) -> None:
 
 
 class ReplaceThenAppend(argparse.Action):
-    """Collects the values of a flag that may be repeated; the first one replaces the default."""
+    """Collects the values of a flag that may be repeated; the first value replaces the default."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         """Add one value."""
@@ -230,7 +239,7 @@ def data_weights(config: TrainConfig) -> dict[str, float]:
 
 
 def check(config: TrainConfig) -> None:
-    """Raise ValueError naming the first option whose value cannot be used."""
+    """Raise ValueError for the first option whose value is not valid."""
     data_weights(config)
     for name in (
         "batch_size",
@@ -267,6 +276,8 @@ def check(config: TrainConfig) -> None:
     for name in ("scheduled_sampling", "colour_change"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be from 0 to 1, not {getattr(config, name)}")
+    if not 0 < config.sharpen < math.inf:
+        raise ValueError(f"sharpen must be above 0 and finite, not {config.sharpen}")
     if not 0 <= config.composed <= 0.5:
         raise ValueError(f"composed must be from 0 to 0.5, not {config.composed}")
     if config.views and not config.finetune_from:

@@ -1,4 +1,4 @@
-"""One process or many: what a run needs to know of the others."""
+"""One process or many: the collective operations of a run."""
 
 import contextlib
 import os
@@ -13,7 +13,12 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process's place among those that `torchrun` started; a process on its own is the first of one."""
+    """This process among those that `torchrun` started; a process on its own has rank 0 of 1.
+
+    rank: number of this process.
+    size: number of processes.
+    device: that this process computes on.
+    """
 
     rank: int
     size: int
@@ -21,12 +26,12 @@ class Distributed:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that writes files and speaks."""
+        """Whether this process is the one that writes files and messages."""
         return self.rank == 0
 
     @property
     def quiet(self) -> bool:
-        """Whether to draw no progress bar: another process does, or nobody watches."""
+        """Whether to show no progress bar: another process does, or standard error is no terminal."""
         return not self.is_first or not sys.stderr.isatty()
 
     def barrier(self) -> None:
@@ -56,7 +61,7 @@ class Distributed:
 
 @contextlib.contextmanager
 def distributed(device: str = "auto") -> Iterator[Distributed]:
-    """Join the other processes if `torchrun` started this one, and leave them at the end.
+    """Join the process group if `torchrun` started this process, and leave it at the end.
 
     Args:
         device: "cpu", "cuda", "cuda:1", "mps", or "auto" for a GPU where there is one.

@@ -37,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
     add_data_flag(parser)
-    parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of the data sets")
+    parser.add_argument("--split", default="dev", choices=SPLITS, help="split of the data sets")
     parser.add_argument("--beam-size", type=positive, nargs="+", default=[1, 3, 5], metavar="K", help="beam sizes")
     parser.add_argument("--length-penalty", type=float, help="see Captioner.caption")
     parser.add_argument("--batch-size", type=positive, default=32, help="images that go through the network together")
-    parser.add_argument("--limit", type=positive, help="only so many images of each data set, the first ones")
+    parser.add_argument("--limit", type=positive, help="at most this number of images of each data set, the first ones")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     parser.add_argument("--output", help="folder of the report; default: evaluation-SPLIT in the model's")
     options = parser.parse_args(arguments)
@@ -55,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for."""
+    """Evaluate a model, print the table, and write the figures, the captions and the report."""
     captioner = Captioner.from_pretrained(options.model, options.device)
     datasets = read_sources(options.data)
     sets = read_split(datasets, options.split, options.limit)
     home = Path(options.model) if Path(options.model).is_dir() else Path()
     folder = Path(options.output or home / f"evaluation-{options.split}")
-    folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the captioning, not after
+    folder.mkdir(parents=True, exist_ok=True)  # an error is raised before the captioning, not after
     search = {} if options.length_penalty is None else {"length_penalty": options.length_penalty}
     train = [caption for dataset in datasets for item in dataset.splits["train"] for caption in item.captions]
     known = {tuple(tokenize(caption)) for caption in train} or None

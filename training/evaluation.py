@@ -22,7 +22,7 @@ from .scorers import METRICS, Scores, score
 log = logging.getLogger("training")
 
 PREVIEW = 160  # pixels, the width of a photograph that is kept with its caption
-# What the table shows beside the scores, and how.
+# The figures in the table beside the scores, and their formats.
 FIGURES = {
     "distinct captions": "{:.0%}",
     "captions of the training set": "{:.0%}",
@@ -37,12 +37,12 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model said of a split of one data set with one beam size, and what that is worth.
+    """A model's captions of a split of one data set with one beam size, and their scores.
 
-    captions: image's path -> its caption; the photograph in it is as small as the report shows it.
-    figures: what overlap with references does not tell; see `metrics.diversity` and `attention_entropy`.
-    calibration: how the captions' own CIDEr goes with the model's confidence.
-    unreadable: a message for each image that was passed over.
+    captions: path of an image -> its caption, with a small copy of the photograph.
+    figures: see `metrics.diversity` and `metrics.attention_entropy`.
+    calibration: of the model's confidence, by the CIDEr of each caption.
+    unreadable: a message for each image that was skipped.
     """
 
     beam_size: int
@@ -75,11 +75,11 @@ def evaluate(
     known: Collection[tuple[str, ...]] | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Caption every image and score the captions. The time counts reading the images, not the scoring.
+    """Caption every image and score the captions. The time includes reading the images, but not the scoring.
 
     Args:
         captioner: the model.
-        items: images with the captions people wrote.
+        items: images with reference captions.
         beam_size, batch_size, options: see `Captioner.caption`.
         known: the captions of the training set, as words.
 
@@ -98,7 +98,7 @@ def evaluate(
             log.warning("skipped: %s", result)
             unreadable.append(str(result))
         else:
-            # There are thousands, and the report shows no more of a photograph than this.
+            # There are thousands of photographs, and the report shows them in this size.
             captions[str(item.path)] = dataclasses.replace(result, image=shrink(result.image, PREVIEW))
     seconds = time.perf_counter() - started
     if not captions:
@@ -115,13 +115,13 @@ def evaluate(
 
 
 def all_together(evaluations: Mapping[str, Evaluation]) -> dict[str, float]:
-    """The figures of variety over the captions of all data sets, which are not the means of those of each."""
+    """Variety of the captions of all data sets together, which is not the mean of that of each set."""
     figures = diversity([caption.words for one in evaluations.values() for caption in one.captions.values()])
     return {name: figures[name] for name in ("distinct captions", "words in use")}
 
 
 def evaluations_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """The figures with one beam size: of each data set, their means, and those of all captions together."""
+    """The figures for one beam size: of each data set, their means, and those of all captions together."""
     of_sets = list(evaluations.values())
     return {
         "beam_size": of_sets[0].beam_size,
@@ -135,7 +135,7 @@ def evaluations_json(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
 
 
 def captions_json(evaluation: Evaluation, items: Sequence[CaptionedImage]) -> list[dict[str, Any]]:
-    """Every image with its caption, what people wrote, and the caption's own scores."""
+    """Every image with its caption, its references, and the scores of the caption."""
     return [
         {
             "data": item.dataset,
@@ -150,7 +150,7 @@ def captions_json(evaluation: Evaluation, items: Sequence[CaptionedImage]) -> li
 
 
 def table(beams: Sequence[Mapping[str, Evaluation]]) -> str:
-    """The figures of several beam sizes as Markdown; scores times 100, as papers give them.
+    """The figures of several beam sizes as a Markdown table; scores are multiplied by 100.
 
     Args:
         beams: for each beam size, the evaluation of each data set by its name. Where there are several, rows with

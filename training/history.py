@@ -1,4 +1,4 @@
-"""What a run writes down of itself: `history.csv`, `curves.png`, and events for TensorBoard."""
+"""The record of a run: `history.csv`, `curves.png`, and events for TensorBoard."""
 
 import csv
 import io
@@ -10,10 +10,10 @@ from captioner.files import replacing
 
 
 class History:
-    """The record of a run in its folder.
+    """Writes the record of a run into its folder.
 
     Args:
-        folder: the run folder, made if need be.
+        folder: the run folder; it is created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,7 +23,7 @@ class History:
 
     @property
     def writer(self) -> Any:
-        """TensorBoard's writer, made when first needed, so that events after a resumed step are dropped."""
+        """TensorBoard's writer, created at the first use, so that it drops the events after the resumed step."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -37,7 +37,11 @@ class History:
         self.steps += 1
 
     def epoch(self, rows: list[dict[str, Any]]) -> None:
-        """Record the epoch whose row is the last of all rows so far."""
+        """Record an epoch.
+
+        Args:
+            rows: the figures of all epochs so far, those of this epoch last.
+        """
         text = io.StringIO()
         table = csv.DictWriter(text, list(rows[-1]))
         table.writeheader()
@@ -57,7 +61,7 @@ class History:
         figure = Figure(figsize=(9, 4), layout="constrained")
         losses, scores = figure.subplots(1, 2)
         epochs = range(1, len(rows) + 1)
-        # The model that a run goes on from has scores, but no loss.
+        # The model that a run starts from has scores, but no loss.
         losses.plot(epochs, [row["loss"] or math.nan for row in rows], marker=".")
         losses.set(title="training loss", xlabel="epoch")
         for name in ("BLEU-4", "CIDEr"):
@@ -72,6 +76,6 @@ class History:
             figure.savefig(path, format="png", dpi=110)
 
     def close(self) -> None:
-        """Flush what TensorBoard has not written yet."""
+        """Flush the events that TensorBoard has not written yet."""
         if self._writer is not None:
             self._writer.close()

@@ -1,15 +1,15 @@
-"""Stopping a run by a signal, without loss."""
+"""A run that is stopped by a signal finishes its step and saves its state."""
 
 import signal
 from types import FrameType
 
 
 class Interrupted(Exception):
-    """The user or the system asked the run to stop; its state has been saved."""
+    """The run was stopped by a signal; its state has been saved."""
 
 
 class StopRequest:
-    """Within it SIGINT and SIGTERM end nothing: they set `received`, and the loop ends after the step under way."""
+    """A context in which SIGINT and SIGTERM set `received` instead of ending the process."""
 
     def __init__(self) -> None:
         self.received = False

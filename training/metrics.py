@@ -1,4 +1,4 @@
-"""Statistics of captions and of attention: variety, repetitions, entropy, and how far confidence can be trusted."""
+"""Statistics of captions and of attention: variety, repetitions, entropy, calibration of the confidence."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,15 +11,15 @@ from captioner.captions import Caption
 
 
 def diversity(captions: Sequence[Sequence[str]], known: Collection[tuple[str, ...]] | None = None) -> dict[str, float]:
-    """What overlap with references does not tell of captions.
+    """Statistics of captions that do not depend on references.
 
     Args:
         captions: one an image, as words.
-        known: the captions of the training set, as words; None where they are not at hand.
+        known: the captions of the training set, as words; None if they are not available.
 
     Returns:
-        The share of distinct captions, the number of words in use, the mean length in words, the share of each
-        caption's pairs of words that it has said before, and the share of captions that stand in the training set.
+        The share of distinct captions, the number of different words, the mean length in words, the share of bigrams
+        that occur earlier in the same caption, and the share of captions that occur in the training set.
     """
     count = max(len(captions), 1)
     pairs = [list(pairwise(words)) for words in captions]
@@ -49,14 +49,14 @@ def all_maps(captions: Sequence[Caption]) -> list[np.ndarray]:
 
 
 def attention_entropy(maps: Sequence[np.ndarray]) -> tuple[float, float]:
-    """How widely attention is spread: the mean of - sum_i alpha_i ln alpha_i over all words and heads.
+    """Entropy of attention: the mean of - sum_i alpha_i ln alpha_i over all words and heads.
 
     Args:
         maps: of each caption (T, ..., rows, columns).
 
     Returns:
-        The entropy in nats, 0 where every word sees one region, and its share of the maximum, which is the logarithm
-        of the number of regions, reached where all words see all regions alike.
+        The entropy in nats, and its share of the maximum. It is 0 if all weight is on one region at every word; the
+        maximum, the logarithm of the number of regions, is reached if all weights are equal.
     """
     flat = np.concatenate([of_one.reshape(-1, of_one.shape[-2] * of_one.shape[-1]) for of_one in maps])
     entropy = float(-(flat * np.log(np.maximum(flat, 1e-30))).sum(axis=1).mean())
@@ -65,11 +65,11 @@ def attention_entropy(maps: Sequence[np.ndarray]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How the quality of captions goes with the model's confidence in them.
+    """The relation of captions' quality to the model's confidence in them.
 
-    correlation: Spearman's, -1 to 1, of confidence and CIDEr.
-    groups: from the least to the most confident tenth: the lowest confidence, the mean one, the mean CIDEr, and the
-        mean CIDEr of all captions that are at least as confident.
+    correlation: Spearman's rank correlation of confidence and CIDEr, -1 to 1.
+    groups: for each tenth of the captions, from the least to the most confident: the lowest and the mean confidence,
+        the mean CIDEr, and the mean CIDEr of all captions that are at least as confident.
     """
 
     correlation: float
@@ -77,12 +77,12 @@ class Calibration:
 
 
 def calibration(confidence: Sequence[float], quality: Sequence[float], groups: int = 10) -> Calibration:
-    """See `Calibration`.
+    """The calibration of a model's confidence; see `Calibration`.
 
     Args:
         confidence: of each caption, 0 to 1.
-        quality: the caption's own CIDEr.
-        groups: how many to make, as equal as can be; fewer where there are fewer captions.
+        quality: CIDEr of each caption.
+        groups: number of groups of about equal size; fewer if there are fewer captions.
     """
     sure, good = np.asarray(confidence, dtype=float), np.asarray(quality, dtype=float)
     ranks = [np.searchsorted(np.sort(x), x) + np.searchsorted(np.sort(x), x, side="right") for x in (sure, good)]

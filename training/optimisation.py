@@ -13,9 +13,9 @@ from .stages import Stage
 
 
 def build_optimiser(model: ShowAttendTell, stage: Stage, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with the encoder's own learning rate, and weight decay on matrices and kernels only.
+    """AdamW with separate learning rates for encoder and decoder, and weight decay on matrices and kernels only.
 
-    The groups have a field "peak", the highest learning rate of their parameters.
+    The field "peak" of each parameter group is its peak learning rate.
     """
     groups = []
     for part, peak in (("encoder.", stage.encoder_learning_rate), ("", stage.learning_rate)):
@@ -41,7 +41,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, ste
 
 
 def build_average(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of the weights, shorter at first so that it forgets the initial weights."""
+    """The exponential moving average of the weights; its decay is lower at first, to forget the initial weights."""
 
     def average(mean: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
         return torch.lerp(current, mean, min(decay, (1 + int(updates)) / (10 + int(updates))))

@@ -1,8 +1,8 @@
-"""Does attention look at the right place? A check on pictures in which the place of a word is known:
+"""Measure whether attention points at what a word names, on pictures where its place is known:
 `python -m training.pointing --model runs/flickr8k --data flickr8k=data/flickr8k`.
 
-Two photographs are set side by side in one picture. A word that people used of the one and nobody of the other is
-then to be found in one half, and its attention map should fall on that half. Chance is one half of the weight.
+Two photographs are placed side by side in one picture. A thing that only one of them shows is in one half of the
+picture, so the attention map of its word should lie on that half. Chance is one half of the weight.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from .words import tokenize
 
 log = logging.getLogger("training")
 
-# Things with a place, and the words for them.
+# Kinds of things, and the words for them.
 THINGS = {
     "dog": frozenset("dog dogs puppy puppies".split()),
     "person": frozenset(
@@ -45,12 +45,12 @@ THINGS = {
 
 @dataclass(frozen=True)
 class Pointing:
-    """What the check found.
+    """The result of the check.
 
-    words: how many maps were looked at.
-    weight: mean share of a map's weight that falls on the half where the thing is; 0.5 by chance.
+    words: number of words whose maps were measured.
+    weight: mean share of a map's weight on the half that shows the thing; 0.5 by chance.
     hits: share of maps with more than half of their weight there; 0.5 by chance.
-    entropy: mean entropy of the maps of all words said of these pictures, as a share of its maximum.
+    entropy: mean entropy of the maps of all generated words, as a share of its maximum.
     """
 
     words: int
@@ -66,16 +66,16 @@ class Pointing:
 
 
 def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs: int = 200, seed: int = 0) -> Pointing:
-    """Caption pairs of photographs set side by side, and see on which half the maps of the words fall.
+    """Caption pairs of photographs placed side by side, and measure on which half the maps of the words lie.
 
-    Only words that the model says by itself are looked at: a decoder looks before it knows its word, so the map of
-    a word that was put into its mouth tells little.
+    Only words that the model generates are measured: a decoder attends before it chooses a word, so the map of a word
+    that it was given says little.
 
     Args:
         captioner: the model.
         items: photographs with people's captions.
-        pairs: how many pictures to make.
-        seed: which ones.
+        pairs: number of pictures to compose.
+        seed: decides which photographs are paired.
 
     Raises:
         ValueError: the photographs do not make pairs of different things, or no caption named one of them. Pairs with
@@ -89,9 +89,9 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
     kinds = [(a, b) for a in by_thing for b in by_thing if a != b]
     if not kinds:
         raise ValueError("these photographs show no two different things that can be told apart")
-    chance = random.Random(seed)
-    halves = [chance.choice(kinds) for _ in range(pairs)]
-    chosen = [[chance.choice(by_thing[thing]).path for thing in both] for both in halves]
+    generator = random.Random(seed)
+    halves = [generator.choice(kinds) for _ in range(pairs)]
+    chosen = [[generator.choice(by_thing[thing]).path for thing in both] for both in halves]
     shown: list[tuple[str, str]] = []
 
     def pictures() -> Iterator[Image.Image]:
@@ -120,7 +120,7 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
 
 
 def only_thing(captions: Sequence[str]) -> str | None:
-    """Which of `THINGS` most of the captions name and none names another beside it; None where that is not so."""
+    """The kind of `THINGS` that most of the captions name while none names another kind; None if there is none."""
     counts = Counter(
         thing for caption in captions for thing, words in THINGS.items() if not words.isdisjoint(tokenize(caption))
     )
@@ -131,7 +131,7 @@ def only_thing(captions: Sequence[str]) -> str | None:
 
 
 def side_by_side(left: Image.Image, right: Image.Image, size: int = 224) -> Image.Image:
-    """The middle of each photograph, half as wide as it was, beside the other: together as wide as high."""
+    """A square picture of the middle halves of two photographs, each `size` / 2 pixels wide."""
     picture = Image.new("RGB", (size, size))
     for number, photo in enumerate((left, right)):
         x = photo.width / 4
@@ -141,7 +141,7 @@ def side_by_side(left: Image.Image, right: Image.Image, size: int = 224) -> Imag
 
 
 def left_share(weights: np.ndarray, displacement: tuple[float, float]) -> float:
-    """The share of a map's weight on the left half of the picture, drawn as heatmaps are."""
+    """The share of a map's weight on the left half of the picture, upsampled as for heatmaps."""
     lit = upsample(weights, (64, 64), displacement)
     return float(lit[:, :32].sum() / lit.sum())
 
@@ -150,14 +150,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog=command("pointing"),
-        description="Set pairs of photographs side by side and see on which of them the attention to a word falls.",
+        description="Place photographs side by side and measure on which of them the attention map of a word lies.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
     add_data_flag(parser)
     parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of the data sets")
-    parser.add_argument("--pairs", type=positive, default=200, help="pictures to make from each data set")
-    parser.add_argument("--seed", type=int, default=0, help="which pairs")
+    parser.add_argument("--pairs", type=positive, default=200, help="pictures to compose from each data set")
+    parser.add_argument("--seed", type=int, default=0, help="decides which photographs are paired")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)

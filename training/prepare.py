@@ -1,6 +1,6 @@
 """Download and unpack the public data sets: `python -m training.prepare flickr8k --root data/flickr8k`.
 
-Stopped at any point, the same command continues where it was.
+If it is interrupted at any point, the same command continues there.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main(
     recipes: Mapping[str, Recipe] = RECIPES,
     wait: Callable[[float], None] = time.sleep,
 ) -> int:
-    """The command. Returns 0 if the data set is ready, 1 if not, 130 if interrupted."""
+    """Run the command line. Returns the exit status: 0 the data set is ready, 1 it is not, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog=command("prepare"),
         description="Download, verify and unpack a captioning data set. Run again to continue what was interrupted.",

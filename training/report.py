@@ -1,4 +1,4 @@
-"""The page that shows an evaluation: photographs, captions, references and heatmaps, worst and best first."""
+"""The report of an evaluation as an HTML page: photographs, captions, references and heatmaps, worst and best first."""
 
 import base64
 import html
@@ -37,7 +37,7 @@ def write_report(
     evaluations: Mapping[str, tuple[Evaluation, Sequence[CaptionedImage]]],
     most: int = 50,
 ) -> None:
-    """Write one page that needs no other file and no network.
+    """Write an HTML page that needs no other file and no network.
 
     Args:
         path: the page's file.
@@ -73,7 +73,7 @@ def write_report(
 
 
 def section(name: str, number: int, evaluation: Evaluation, items: Sequence[CaptionedImage], most: int) -> str:
-    """One data set: how far its confidence goes, then its worst and its best captions."""
+    """One data set: the calibration of the confidence, then the worst and the best captions."""
     scores = evaluation.scores.per_image
     shown = [item for item in items if str(item.path) in evaluation.captions]
     ranked = sorted(shown, key=lambda item: scores[str(item.path)]["CIDEr"])
@@ -85,7 +85,7 @@ def section(name: str, number: int, evaluation: Evaluation, items: Sequence[Capt
 
 
 def calibration_table(name: str, calibration: Calibration) -> str:
-    """How far the model's confidence can be trusted, for choosing a threshold."""
+    """The calibration of the model's confidence, for choosing a threshold."""
     lines = ["| confidence from | mean confidence | CIDEr | CIDEr of these and all surer ones |", "|---|---|---|---|"]
     for group in calibration.groups:
         cells = (group["confidence from"], group["mean confidence"], 100 * group["CIDEr"])
@@ -98,7 +98,7 @@ from the first column; the last one says what is left.</p>
 
 
 def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> str:
-    """One photograph with all there is to say of it."""
+    """One photograph with its caption, scores, heatmaps and references."""
     references = "".join(f"<li>{html.escape(reference)}</li>" for reference in item.captions)
     figures = " · ".join(f"{name} {100 * value:.0f}" for name, value in scores.items() if name[:4] != "BLEU")
     picture = caption.figure(tile=PREVIEW) if caption.words else shrink(caption.image, PREVIEW)
@@ -112,7 +112,7 @@ def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> s
 
 
 def data_uri(picture: Image.Image) -> str:
-    """A picture as a JPEG inside an address."""
+    """A picture as a data URI of type JPEG."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

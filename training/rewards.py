@@ -1,4 +1,4 @@
-"""What a caption earns in self-critical training: CIDEr-D, quick enough that the step does not wait for it."""
+"""The reward of self-critical training: CIDEr-D, computed incrementally so that it takes little of a step's time."""
 
 import math
 from collections import Counter
@@ -7,14 +7,14 @@ from collections.abc import Hashable, Iterable, Sequence
 from torch import Tensor
 
 LONGEST = 4  # n-grams of 1 to 4 words
-SIGMA = 6.0  # of the penalty on a difference in length, in words
+SIGMA = 6.0  # of the penalty on a difference in length, in bigrams
 
 Words = Sequence[Hashable]
 NGram = tuple[Hashable, ...]
 
 
 class CiderD:
-    """CIDEr-D (Vedantam et al. 2015, section 7), number for number that of pycocoevalcap's `Cider`.
+    """CIDEr-D (Vedantam et al. 2015, section 7), with the values of pycocoevalcap's `Cider`.
 
     With g_n the vector of a sentence's n-gram counts, each times the n-gram's inverse document frequency, the score
     of a caption c against one reference r is
@@ -22,11 +22,11 @@ class CiderD:
         10 / 4 * sum_n exp(-(|c| - |r|)^2 / (2 sigma^2)) * min(g_n(c), g_n(r)) . g_n(r) / (||g_n(c)|| ||g_n(r)||)
 
     and the caption's score is the mean over its references. The length |c| is counted in bigrams, as in the
-    original code. Everything that no caption changes (the references' vectors and their norms) is computed once.
+    original code. Everything that does not depend on the caption (the references' vectors and norms) is computed once.
 
     Args:
         corpus: the references of every image, each a sequence of words or ids; an n-gram's document frequency is
-            the number of images with a reference that holds it.
+            the number of images with a reference that contains it.
     """
 
     def __init__(self, corpus: Iterable[Sequence[Words]]) -> None:
@@ -34,7 +34,7 @@ class CiderD:
         self.documents: Counter[NGram] = Counter()
         for counts in images:
             self.documents.update({ngram for count in counts for ngram in count})
-        self.most = math.log(max(len(images), 1))
+        self.log_documents = math.log(max(len(images), 1))
         self.references = [[self.vector(count) for count in counts] for counts in images]
 
     def vector(self, counts: Counter[NGram]) -> tuple[dict[NGram, float], list[float], int]:
@@ -49,14 +49,14 @@ class CiderD:
 
     def rarity(self, ngram: NGram) -> float:
         """Logarithm of the inverse document frequency."""
-        return self.most - math.log(max(1, self.documents[ngram]))
+        return self.log_documents - math.log(max(1, self.documents[ngram]))
 
     def score(self, image: int, caption: Words) -> float:
         """CIDEr-D of one caption.
 
         Args:
-            image: whose references to score against: its position in the corpus.
-            caption: words or ids, whichever the corpus has.
+            image: position in the corpus of the image whose references are used.
+            caption: words or ids, like the corpus.
         """
         weights, norms, length = self.vector(count_ngrams(caption))
         total = 0.0
@@ -74,19 +74,19 @@ class CiderD:
 
 
 def count_ngrams(words: Words) -> Counter[NGram]:
-    """How often each run of 1 to 4 words stands in the sentence."""
+    """Number of times that each n-gram of 1 to 4 words occurs in the sentence."""
     return Counter(
         tuple(words[start : start + n]) for n in range(1, LONGEST + 1) for start in range(len(words) - n + 1)
     )
 
 
 def advantages(rewards: Tensor, greedy: Tensor | None = None) -> Tensor:
-    """How much better each drawn caption was than could be expected, (images, samples).
+    """Each caption's reward minus its baseline, (images, samples).
 
     Args:
         rewards: (images, samples).
-        greedy: (images,), what greedy search earned, the baseline of Rennie et al. (2017); None for the mean of
-            the image's other samples, that of Luo (2020), which needs no further search.
+        greedy: (images,), reward of the caption from greedy search, the baseline of Rennie et al. (2017); None for the
+            mean of the image's other samples, the baseline of Luo (2020), which needs no further search.
 
     Raises:
         ValueError: there are no other samples.

@@ -26,11 +26,11 @@ NO_JAVA = "it runs on Java, and there is no `java` command here (Debian: apt ins
 
 @dataclass(frozen=True)
 class Scores:
-    """What captions are worth against their references; fractions, as the scorer gives them.
+    """Scores of captions against their references, as fractions.
 
     corpus: metric -> score of all captions together.
     per_image: image -> metric -> score of its caption.
-    left_out: metric, or "tokenizer" -> why it could not be had.
+    left_out: metric, or "tokenizer" -> why it is missing.
     """
 
     corpus: dict[str, float]
@@ -50,11 +50,11 @@ def score(
     Args:
         candidates: image -> caption.
         references: image -> captions that people wrote; the same images, at least one caption each.
-        metrics: those wanted, of `METRICS`; all by default.
+        metrics: a selection of `METRICS`; all by default.
 
     Raises:
-        ValueError: the two do not have the same images, there is none, one has no reference, or there is no such
-            metric.
+        ValueError: the two do not have the same images, there is no image, an image has no reference, or a metric is
+            unknown.
     """
     if not candidates or candidates.keys() != references.keys():
         raise ValueError(
@@ -101,10 +101,10 @@ def run_scorer(
     hypotheses: Tokenised,
     no_java: str | None,
 ) -> dict[str, tuple[float, list[float]]]:
-    """What a scorer gives for the metrics of these names: metric -> of all captions together, and of each.
+    """Run a scorer: metric -> score of all captions together, and score of each caption.
 
     Raises:
-        CannotScore: it does not run here.
+        CannotScore: it cannot run on this machine.
     """
     if no_java and names[0] in NEED_JAVA:
         raise CannotScore(no_java)
@@ -120,7 +120,7 @@ def run_scorer(
 def tokenise(
     candidates: Mapping[Any, str], references: Mapping[Any, Sequence[str]], no_java: str | None
 ) -> tuple[Tokenised, Tokenised, dict[str, str]]:
-    """References and captions tokenised, and what had to be left out for it."""
+    """References and captions tokenised, and the reason if the PTB tokenizer could not be used."""
     lists = {key: [caption] for key, caption in candidates.items()}
     try:
         if no_java:
@@ -132,7 +132,7 @@ def tokenise(
 
 
 def ptb_tokenize(captions: Mapping[Any, Sequence[str]]) -> dict[Any, list[str]]:
-    """Captions tokenised as all published scores are, by Stanford's PTB tokenizer (Java).
+    """Captions tokenised by Stanford's PTB tokenizer (Java), as for published scores.
 
     Raises:
         CannotScore: it fails, or cannot write the temporary file that it puts into its own folder.
@@ -156,7 +156,7 @@ def nltk_tokenize(captions: Mapping[Any, Sequence[str]]) -> dict[Any, list[str]]
 
 
 def why_no_java() -> str | None:
-    """Why Java programs cannot run here, None where they can: some systems have a `java` that only says it is none."""
+    """Why Java programs cannot run here; None if they can. On some systems `java` only prints an error."""
     if not shutil.which("java"):
         return NO_JAVA
     try:
@@ -174,7 +174,7 @@ def first_line(printed: bytes | None) -> str:
 
 
 def time_limit(images: int) -> float:
-    """Seconds after which a Java program is taken to hang: many times what it needs."""
+    """Seconds after which a Java program is assumed to hang: many times what it needs."""
     return 600 + images
 
 
@@ -202,7 +202,7 @@ def cider(truths: Tokenised, hypotheses: Tokenised) -> Scored:
 
 
 def meteor(truths: Tokenised, hypotheses: Tokenised) -> Scored:
-    """METEOR 1.5 (Denkowski and Lavie 2014), by its Java program, which has ended when this returns or raises."""
+    """METEOR 1.5 (Denkowski and Lavie 2014), by its Java program, which is always ended."""
     from pycocoevalcap.meteor.meteor import Meteor
 
     scorer, seconds, started = Meteor(), time_limit(len(truths)), time.monotonic()
@@ -217,13 +217,13 @@ def meteor(truths: Tokenised, hypotheses: Tokenised) -> Scored:
     finally:
         watchdog.cancel()
         end(scorer.meteor_p)
-        # Meteor.__del__ waits for the lock, for ever where scoring failed while it was held.
+        # Meteor.__del__ waits for this lock, which is never released if scoring fails while it is held.
         scorer.lock = threading.Lock()
     return [total], [singles]
 
 
 def end(process: subprocess.Popen[bytes]) -> bytes:
-    """End a program, close its pipes, and give what it printed to standard error (once; then nothing)."""
+    """End a program and close its pipes. Returns its standard error; nothing if it has been ended before."""
     process.kill()
     if process.stdin is None or process.stdin.closed:
         return b""
@@ -231,7 +231,7 @@ def end(process: subprocess.Popen[bytes]) -> bytes:
 
 
 def spice(truths: Tokenised, hypotheses: Tokenised) -> Scored:
-    """SPICE (Anderson et al. 2016), by the Java program in pycocoevalcap, where that and what it needs are installed.
+    """SPICE (Anderson et al. 2016), by the Java program in pycocoevalcap, if its libraries are installed.
 
     The program is started here, not by `pycocoevalcap.spice.spice.Spice`, which has no time limit, prints to standard
     output, and leaves files in its own folder where it fails. Captions that have no score count as NaN there and here.
@@ -286,14 +286,14 @@ SCORERS: dict[tuple[str, ...], Callable[[Tokenised, Tokenised], Scored]] = {
 def quick_scores(
     candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Sequence[str]]]
 ) -> dict[str, float]:
-    """BLEU-1 to 4 and CIDEr of captions that are words already, for choosing a model while it trains.
+    """BLEU-1 to 4 and CIDEr of tokenised captions without Java, for selecting a model during training.
 
     Args:
-        candidates: one caption an image, as words.
-        references: several an image, as words.
+        candidates: one caption for each image, as words.
+        references: several captions for each image, as words.
 
     Returns:
-        Metric -> score, by pycocoevalcap's code, without Java.
+        Metric -> score, by pycocoevalcap.
     """
     hypotheses = {number: [" ".join(words)] for number, words in enumerate(candidates)}
     truths = {number: [" ".join(words) for words in of_image] for number, of_image in enumerate(references)}

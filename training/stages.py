@@ -1,4 +1,4 @@
-"""The stages of a run: what is trained, on which images, and in which order."""
+"""The stages of a run, and the images that each is trained on."""
 
 import dataclasses
 import gzip
@@ -22,12 +22,14 @@ from .distributed import Distributed
 class Stage:
     """One stretch of training with its own learning rates.
 
-    epochs: at most so many; a stage ends earlier when the dev score no longer rises.
-    learning_rate, encoder_learning_rate: peaks, of the decoder and of the encoder.
+    name: in the history and in messages.
+    epochs: at most; a stage ends earlier if the dev score no longer improves.
+    learning_rate, encoder_learning_rate: peak learning rates of the decoder and of the encoder.
     train_from: first block of the encoder that is tuned, "" for all of it, None for none.
-    train, dev: where the images come from.
-    self_critical: whether the model's own captions are rewarded, instead of people's captions imitated.
-    captions: ids of captions to learn in place of the training images' own, as `encode_captions` gives them.
+    train, dev: give the images.
+    sharpen: factor that the scores of the decoder's attention are multiplied by before the first step.
+    self_critical: whether the objective is self-critical instead of imitation.
+    captions: ids of captions that replace those of the training images; see `encode_captions`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Stage:
     train_from: str | None
     train: Source
     dev: Source
+    sharpen: float = 1.0
     self_critical: bool = False
     captions: Sequence[Sequence[Sequence[int]]] | None = None
 
@@ -50,12 +53,12 @@ def plan(
     dev_items: Sequence[CaptionedImage],
     processes: Distributed,
 ) -> list[Stage]:
-    """The stages that the config asks for. What the frozen part of the encoder computes is cached first.
+    """The stages that the config asks for. The outputs of the frozen part of the encoder are cached first.
 
     Raises:
         DatasetError: the captions of the language stage cannot be read.
-        OSError: the disk has no room for the cache.
-        ValueError: the encoder has no block of the name to tune from.
+        OSError: the disk has no space for the cache.
+        ValueError: the encoder has no block of the name in `finetune_from`.
     """
     cache = Path(config.cache) if config.cache else default_cache()
     plain, plain_dev = (ImageSource(items, preprocessing, augment=False) for items in (train_items, dev_items))
@@ -113,6 +116,7 @@ def plan(
                 config.finetune_from if config.scst_encoder_learning_rate else None,
                 train,
                 dev,
+                sharpen=config.sharpen,
                 self_critical=True,
             )
         )
@@ -120,7 +124,7 @@ def plan(
 
 
 def language_captions(path: Path, vocabulary: Vocabulary, max_length: int) -> list[list[list[int]]]:
-    """Ids of the captions in a text file, one a line and perhaps compressed by gzip, in groups of five.
+    """Ids of the captions in a text file with one on each line, perhaps compressed by gzip, in groups of five.
 
     Raises:
         DatasetError: the file cannot be read or has no caption.
@@ -137,5 +141,5 @@ def language_captions(path: Path, vocabulary: Vocabulary, max_length: int) -> li
 
 
 def default_cache() -> Path:
-    """Where features are kept unless the user says otherwise."""
+    """The default folder of cached features."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"

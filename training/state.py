@@ -1,4 +1,4 @@
-"""The state of a run, from which it can be resumed: its progress, the weights, their average and the optimiser's."""
+"""The state of a run, from which it is resumed: progress, weights, their average and the optimiser's moments."""
 
 import dataclasses
 import json
@@ -31,21 +31,21 @@ FREE_OPTIONS = {
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message gives the reason, and says what is left whole."""
+    """Training cannot continue; the message gives the reason."""
 
 
 @dataclasses.dataclass
 class Progress:
-    """The position of a run, and what it has measured so far.
+    """The position of a run and its measurements.
 
-    Dropout and augmentation draw from generators seeded by the step and the epoch, so no generator's state has to
-    be kept.
+    Dropout and augmentation use generators seeded by the step and the epoch, so no generator's state has to be saved.
 
-    stage, epoch, batch: what comes next.
-    step: steps taken in this stage; total_steps: in the whole run.
+    stage, epoch, batch: position of the next batch.
+    step, total_steps: number of steps taken in this stage, and in the whole run.
     loss_sum, reward_sum, seconds: sums over the batches of this epoch.
-    best: the best dev score of the run; stale: epochs of this stage since the score last rose.
-    baseline: moving average of a word's log-probability, the baseline of hard attention's REINFORCE term.
+    best: the best dev score of the run.
+    stale: epochs of this stage since the score last improved.
+    baseline: moving average of a word's log-probability, the baseline of attention that draws regions.
     history: a row of figures for each epoch.
     """
 
@@ -68,13 +68,13 @@ class Progress:
         self.batch, self.step, self.total_steps = self.batch + 1, self.step + 1, self.total_steps + 1
 
     def row(self, name: str, scores: dict[str, float], images: int, rewarded: bool) -> dict[str, Any]:
-        """The figures of this epoch for the history; before the first step there is no loss, and the epoch is 0.
+        """The figures of this epoch for the history. Before the first step there is no loss, and the epoch is 0.
 
         Args:
-            name: what the row is called: the stage, or "start".
+            name: of the stage, or "start".
             scores: on the dev images.
-            images: seen in the epoch.
-            rewarded: whether the stage gives rewards.
+            images: number of training images.
+            rewarded: whether the stage has rewards.
         """
         trained = self.batch > 0
         return {
@@ -101,10 +101,10 @@ class Progress:
 def save_state(
     config: TrainConfig, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
 ) -> None:
-    """Write everything that resuming needs into one file of the run folder, whole or not at all.
+    """Write the state into one file of the run folder, completely or not at all.
 
     Raises:
-        TrainingError: it cannot be written; the state from before is whole.
+        OSError: it cannot be written; the previous state is kept.
     """
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
     tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
@@ -115,21 +115,15 @@ def save_state(
         "progress": json.dumps(dataclasses.asdict(progress)),
         "config": json.dumps(options_for_resuming(config)),
     }
-    try:
-        with replacing(Path(config.output) / STATE) as path:
-            save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
-    except OSError as error:
-        raise TrainingError(
-            f"cannot save the training state in {config.output}: {error.strerror or error}; "
-            "what was saved before is whole, so free some space and run again with --resume"
-        ) from error
+    with replacing(Path(config.output) / STATE) as path:
+        save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
 def load_state(config: TrainConfig) -> tuple[Progress, dict[str, Tensor] | None]:
-    """The progress and the tensors that `save_state` wrote; where it wrote none, a new progress and None.
+    """The progress and the tensors that `save_state` wrote; a new progress and None if there is no saved state.
 
     Raises:
-        TrainingError: the file is damaged, the run was begun with other options, or it is not to be resumed.
+        TrainingError: the file is damaged, the run has other options, or there is a run but `resume` is not set.
     """
     path = Path(config.output) / STATE
     if not path.exists():
@@ -140,7 +134,7 @@ def load_state(config: TrainConfig) -> tuple[Progress, dict[str, Tensor] | None]
         )
     try:
         tensors, metadata = load_tensors(path)
-        # An option that was not there yet when the run began is at its default.
+        # An option that did not exist when the run began has its default.
         saved = options_for_resuming(TrainConfig()) | json.loads(metadata["config"])
         progress = Progress(**json.loads(metadata["progress"]))
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
@@ -156,7 +150,7 @@ def load_state(config: TrainConfig) -> tuple[Progress, dict[str, Tensor] | None]
 def restore_tensors(
     tensors: dict[str, Tensor], model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
 ) -> None:
-    """Put the tensors that `load_state` gave into the model, its average and the optimiser."""
+    """Copy the tensors from `load_state` into the model, its average and the optimiser."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
@@ -180,7 +174,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def options_for_resuming(config: TrainConfig) -> dict[str, Any]:
-    """The options as JSON gives them back; of the data sets only their names, since a folder may be moved."""
+    """The options as they are after a round trip through JSON; of the data sets only the names, as folders may move."""
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     options["data"] = [parse_source(source)[0] for source in config.data]
     return options

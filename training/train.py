@@ -26,9 +26,10 @@ from .data.features import readable
 from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
 from .distributed import Distributed, distributed
+from .interruption import Interrupted
 from .stages import plan
 from .state import TrainingError
-from .trainer import Interrupted, Trainer
+from .trainer import Trainer
 from .words import tokenize
 
 log = logging.getLogger("training")
@@ -37,7 +38,7 @@ log = logging.getLogger("training")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by a signal."""
     config = parse_arguments(arguments)
-    # Of several processes one speaks.
+    # Of several processes one logs.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     try:
@@ -53,7 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(config: TrainConfig, processes: Distributed) -> float:
-    """Train as `config` says, and leave the best model in its output folder. Returns that model's dev score."""
+    """Train with the given options and save the best model in the output folder. Returns that model's dev score.
+
+    Raises:
+        TrainingError: the run cannot be resumed, the loss is not finite, or the disk is full.
+        Interrupted: SIGINT or SIGTERM came; the state has been saved first.
+        DatasetError, CheckpointError, ValueError, OSError: an input cannot be used.
+    """
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")
     parse_options(config.attention, config.attention_options)  # an unknown one is refused before any image is read
@@ -88,7 +95,7 @@ def train(config: TrainConfig, processes: Distributed) -> float:
 
 
 def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
-    """The training and dev items that can be used; what cannot is counted and reported."""
+    """The training and dev items whose images are readable; the others are logged and counted."""
     datasets = read_sources(config.data)
     if unknown := data_weights(config).keys() - {dataset.name for dataset in datasets}:
         raise DatasetError(f"data_weight names {', '.join(sorted(unknown))}, which is no data set of this run")
@@ -141,13 +148,13 @@ def warn_of_small_data(items: Sequence[CaptionedImage], vocabulary: Vocabulary, 
 
 
 def build_preprocessing(config: TrainConfig) -> Preprocessing:
-    """How the encoder's weights expect their images, at the size asked for."""
+    """The preprocessing that the encoder's weights were trained with, at the configured size."""
     mean, std = normalisation(config.encoder, config.encoder_weights or None)
     return Preprocessing((config.image_size, config.image_size), mean, std)
 
 
 def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
-    """A new model of the sizes asked for, its encoder pretrained."""
+    """A new model of the configured sizes, its encoder pretrained."""
     return ShowAttendTell(
         ModelConfig(
             vocabulary_size=vocabulary_size,
@@ -172,7 +179,7 @@ def build_model(config: TrainConfig, vocabulary_size: int) -> ShowAttendTell:
 
 
 def with_grid(model: ShowAttendTell, grid: int) -> ShowAttendTell:
-    """The model with another number of regions. Raises ValueError where its weights know each region by itself."""
+    """The model with another number of regions. Raises ValueError if it has weights for each region."""
     other = ShowAttendTell(dataclasses.replace(model.config, grid=(grid, grid)))
     try:
         other.load_state_dict(model.state_dict())
@@ -184,7 +191,7 @@ def with_grid(model: ShowAttendTell, grid: int) -> ShowAttendTell:
 
 
 def prepare_model(model: ShowAttendTell, config: TrainConfig, device: torch.device) -> None:
-    """Put the model where and how it is to be trained."""
+    """Set the model's device, precision and dropout for training."""
     model.to(device)
     on_gpu = device.type == "cuda"
     if config.precision == "bfloat16" or (config.precision == "auto" and on_gpu):

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from captioner.engine import Graphs
 from captioner.images import Preprocessing
+from captioner.network.attention import Attention
 from captioner.network.model import ShowAttendTell
-from captioner.vocabulary import END, Vocabulary
+from captioner.vocabulary import Vocabulary
 
 from .config import TrainConfig, data_weights
 from .data.batches import Batch, EpochBatches, encode_captions
@@ -30,25 +31,24 @@ from .history import History
 from .interruption import Interrupted, StopRequest
 from .objectives import Imitation, Objective
 from .optimisation import build_average, build_optimiser, set_learning_rate
-from .rewards import CiderD
 from .self_critical import SelfCritical
 from .stages import Stage
 from .state import Progress, TrainingError, load_state, remove_leftovers, restore_tensors, save_state
 from .validation import Validation
-from .words import tokenize
 
 log = logging.getLogger("training")
 
 
 class Trainer:
-    """Trains a model stage by stage and keeps the best one in the run folder.
+    """Trains a model stage by stage and saves the best one in the run folder.
 
     Args:
         config: the options.
         model: the network, on the device to train on.
+        vocabulary, preprocessing: saved with the model.
         train, dev: items whose images are readable.
-        stages: what to do, in order.
-        distributed: this process's place among the others.
+        stages: in order.
+        distributed: the processes that share the work.
     """
 
     objective: Objective
@@ -78,10 +78,10 @@ class Trainer:
         self.stop = StopRequest()
 
     def run(self) -> float:
-        """Train to the end, from wherever the saved state is. Returns the best dev score.
+        """Train all stages, from the saved state if there is one. Returns the best dev score.
 
         Raises:
-            TrainingError: the run cannot be resumed, the loss is not finite, or a checkpoint cannot be written.
+            TrainingError: the run cannot be resumed, the loss is not finite, or a part of the run cannot be written.
             Interrupted: SIGINT or SIGTERM came; the state has been saved first.
         """
         if self.config.resume and self.distributed.is_first:
@@ -89,17 +89,23 @@ class Trainer:
         self.progress, tensors = load_state(self.config)
         if self.history:
             self.history.steps = self.progress.total_steps
-        with self.stop:
-            for number in range(self.progress.stage, len(self.stages)):
-                self.run_stage(self.stages[number], tensors)
-                tensors = None
-                self.progress.begin_stage(number + 1)
-        if self.history:
-            self.history.close()
+        try:
+            with self.stop:
+                for number in range(self.progress.stage, len(self.stages)):
+                    self.run_stage(self.stages[number], tensors)
+                    tensors = None
+                    self.progress.begin_stage(number + 1)
+            if self.history:
+                self.history.close()
+        except OSError as error:
+            raise TrainingError(
+                f"cannot save the run in {self.output}: {error.strerror or error}; "
+                "what was saved before is whole, so free some space and run again with --resume"
+            ) from error
         return self.progress.best
 
     def run_stage(self, stage: Stage, tensors: dict[str, Tensor] | None) -> None:
-        """Train one stage, from saved tensors where there are some."""
+        """Train one stage, from saved tensors if there are any."""
         progress = self.progress
         self.begin_stage(stage, tensors)
         if self.config.start_from and tensors is None and not progress.history:
@@ -114,11 +120,11 @@ class Trainer:
             self.save()
 
     def run_epoch(self, stage: Stage) -> None:
-        """Train on every batch of the epoch from `progress.batch` on."""
+        """Train on the remaining batches of the epoch."""
         progress = self.progress
         batches = self.batches(stage)
         self.objective.begin_epoch()
-        # Cached features are read faster than another process could hand them over.
+        # Cached features are read faster than they could be passed on by another process.
         workers = self.config.workers if isinstance(stage.train, ImageSource) else 0
         bar = tqdm(
             batches.loader(progress.batch, workers, pin_memory=self.distributed.device.type == "cuda"),
@@ -143,9 +149,9 @@ class Trainer:
                 raise Interrupted
 
     def step(self, batch: Batch) -> tuple[float, bool]:
-        """One step of gradient descent. Returns the loss over the whole batch, and whether any process is to stop."""
+        """One step of gradient descent. Returns the loss of the whole batch, and whether a process is to stop."""
         progress, distributed = self.progress, self.distributed
-        # Whatever is random in this step depends on nothing but its number: resuming needs no generator's state.
+        # All random numbers of a step depend on its number alone: resuming needs no generator's state.
         torch.manual_seed(hash((self.config.seed, progress.stage, progress.step, distributed.rank)) % 2**63)
         loss, statistic = self.objective.loss(batch)
         loss = batch.weight * loss
@@ -155,7 +161,7 @@ class Trainer:
             raise self.not_finite(total, batch)
         self.objective.record(batch, measured)
         self.optimiser.zero_grad()
-        # DistributedDataParallel takes the mean over the processes; the loss is made to be summed.
+        # DistributedDataParallel averages gradients over the processes; these losses are to be summed.
         (loss * distributed.size).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimiser.step()
@@ -163,10 +169,10 @@ class Trainer:
         return total, stops > 0
 
     def validate(self, stage: Stage, name: str) -> None:
-        """Score the averaged weights on the dev images, record the scores, keep the model if it is the best so far.
+        """Score the averaged weights on the dev images, record the scores, save the model if it is the best so far.
 
-        A run that goes on from a model begins with a row of the name "start" for that model, epoch 0, so that the
-        best of the run is never worse than it. Of models with equal scores the earliest is kept.
+        A run that starts from a trained model begins with a row "start" for that model (epoch 0), so that the best
+        model of the run is never worse. Of models with equal scores the earliest is kept.
         """
         progress, config = self.progress, self.config
         model = cast(ShowAttendTell, self.average.module)
@@ -199,9 +205,13 @@ class Trainer:
             return None
 
     def begin_stage(self, stage: Stage, tensors: dict[str, Tensor] | None) -> None:
-        """Make the average, the optimiser and the objective; a later stage goes on from the best model so far."""
+        """Create the average, the optimiser and the objective. A later stage continues from the best model so far."""
         if tensors is None and self.progress.best > -math.inf:
             self.model.load_state_dict(load_checkpoint(self.output).model.state_dict())
+        if tensors is None and stage.sharpen != 1:
+            for module in self.model.decoder.modules():
+                if isinstance(module, Attention):
+                    module.sharpen(stage.sharpen)
         self.model.encoder.train_from(stage.train_from)
         self.average = build_average(self.model, self.config.ema_decay)
         self.optimiser = build_optimiser(self.model, stage, self.config.weight_decay)
@@ -211,15 +221,10 @@ class Trainer:
         if self.distributed.size > 1:
             parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
         arguments = (self.config, stage, self.progress, self.model, parallel, self.vocabulary)
-        if stage.self_critical:
-            end = self.vocabulary.words[END]
-            reward = CiderD([[*tokenize(caption), end] for caption in item.captions] for item in self.train_items)
-            self.objective = SelfCritical(reward, *arguments)
-        else:
-            self.objective = Imitation(*arguments)
+        self.objective = SelfCritical(self.train_items, *arguments) if stage.self_critical else Imitation(*arguments)
 
     def batches(self, stage: Stage) -> EpochBatches:
-        """The batches of the epoch under way."""
+        """The batches of the current epoch."""
         return EpochBatches(
             stage.train,
             self.captions if stage.captions is None else stage.captions,
@@ -237,7 +242,7 @@ class Trainer:
             save_state(self.config, self.progress, self.model, self.average, self.optimiser)
 
     def not_finite(self, loss: float, batch: Batch) -> TrainingError:
-        """The error that names the step and the images whose loss is no number."""
+        """The error for a loss that is not finite; it names the step and the first images."""
         progress, of_images = self.progress, self.stages[self.progress.stage].captions is None
         names = [self.train_items[index].path.name for index in batch.indices[:4] if of_images]
         return TrainingError(

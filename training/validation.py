@@ -1,4 +1,4 @@
-"""Validation: the dev images are captioned as users caption images, and the captions are scored."""
+"""Validation: the dev images are captioned with the defaults of `Captioner.caption`, and the captions are scored."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,7 @@ class Validation:
     Args:
         dev: the images; of one or several data sets.
         vocabulary: the model's.
-        beam_size: of the search; everything else about it is the default of `Captioner.caption`.
+        beam_size: of the search; its other options are the defaults of `Captioner.caption`.
         distributed: the processes that share the work.
     """
 
@@ -39,9 +39,9 @@ class Validation:
             self.sets.setdefault(item.dataset, []).append(index)
 
     def scores(self, model: ShowAttendTell, images: Source) -> dict[str, float]:
-        """BLEU and CIDEr of the captions that `model` gives, and the share of distinct captions.
+        """BLEU and CIDEr of the captions of `model`, and the share of distinct captions.
 
-        Scores are means over the data sets; where there are several, those of each follow as "NAME CIDEr".
+        Scores are means over the data sets; with several, the scores of each follow as "NAME CIDEr".
         """
         captions = self.captions(model, images)
         of_sets = {
@@ -54,7 +54,7 @@ class Validation:
         return scores | {"distinct": len({" ".join(words) for words in captions}) / len(captions)}
 
     def captions(self, model: ShowAttendTell, images: Source) -> list[list[str]]:
-        """The words of each dev image's caption, each process captioning its share of the images."""
+        """The words of each dev image's caption. Each process captions its share of the images."""
         distributed = self.distributed
         model.eval()
         own = range(len(self.references))[distributed.rank :: distributed.size]

@@ -1,10 +1,10 @@
-"""Captions to words, as the field's scorer counts them."""
+"""Captions to words, as pycocoevalcap splits them."""
 
 import re
 from functools import cache
 from typing import Any
 
-# What pycocoevalcap's PTBTokenizer drops, and brackets and double quotes as they are typed.
+# The tokens that pycocoevalcap's PTBTokenizer drops, and brackets and double quotes as they are typed.
 PUNCTUATION = frozenset("'' ' `` ` . ? ! , : - -- ... ; \" ( ) [ ] { }".split())
 
 _TYPEWRITER = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": " - ", "—": " - ", "…": " ... "})
@@ -14,7 +14,7 @@ _LAST_WORD = re.compile(r"(?<!\S)(?!(?:mr|mrs|ms|dr|st|jr|sr|vs)\.)([^\s.]{2,})\
 
 @cache
 def _tokenizer() -> Any:
-    # NLTK takes more than a second to import; only a caption that is split pays for it.
+    # Importing NLTK takes more than a second, so it is imported at the first use.
     from nltk.tokenize.destructive import NLTKWordTokenizer
 
     return NLTKWordTokenizer()
@@ -25,11 +25,11 @@ def tokenize(caption: str) -> list[str]:
 
     NLTK's Penn Treebank rules, which need no data download: "The man's t-shirt." gives
     `["the", "man", "'s", "t-shirt"]`. On all but about ten of Flickr8k's 35,000 captions this agrees with the
-    Stanford tokenizer that pycocoevalcap runs; on most of the others it drops a bracket which that one spells out.
+    Stanford tokenizer that pycocoevalcap runs; on most of the others it drops a bracket that Stanford's spells out.
 
     Args:
-        caption: any text; an empty one has no words.
+        caption: any text; an empty text has no words.
     """
     text = _LAST_WORD.sub(r"\1 .", caption.lower().translate(_TYPEWRITER))
-    words = _tokenizer().tokenize(text + " .")  # or NLTK takes the last stop of "Washington D.C."
+    words = _tokenizer().tokenize(text + " .")  # otherwise NLTK removes the last full stop of "Washington D.C."
     return [word for word in words if word not in PUNCTUATION]

@@ -60,11 +60,13 @@ class Attention(nn.Module):
     Attributes:
         name: in configurations and on the command line.
         heads: number of maps of each word.
+        linear: names of the parameters in which the scores are linear; see `sharpen`.
         draws_regions: whether it draws regions at random in training. Then `Attended.drawn` has them, and
             `extra_loss` is given the moving average of the words' log-probabilities as its baseline.
     """
 
     name: ClassVar[str]
+    linear: ClassVar[tuple[str, ...]] = ()
     heads = 1
     draws_regions = False
 
@@ -84,6 +86,12 @@ class Attention(nn.Module):
     def scores(self, hidden: Tensor, keys: Tensor) -> Tensor:
         """How well each region matches each hidden state, (images, rows, regions)."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def sharpen(self, factor: float) -> None:
+        """Multiply all scores by `factor`, once and for all. Above 1, attention concentrates on fewer regions."""
+        for name in self.linear:
+            self.get_parameter(name).mul_(factor)
 
     def extra_loss(self, output: "TeacherForced", words: float, baseline: float | None) -> Tensor:
         """What the mechanism adds to the training loss, a scalar; zero unless a subclass needs a loss of its own.
@@ -174,6 +182,7 @@ class AdditiveAttention(Attention):
     """
 
     name = "additive"
+    linear = ("v.weight",)
 
     def __init__(self, channels: int, hidden_size: int, attention_size: int) -> None:
         super().__init__(channels, hidden_size, attention_size)
@@ -303,6 +312,7 @@ class DotAttention(Attention):
     """
 
     name = "dot"
+    linear = ("U.weight", "U.bias")
 
     def __init__(self, channels: int, hidden_size: int, attention_size: int) -> None:
         super().__init__(channels, hidden_size, attention_size)
@@ -349,6 +359,7 @@ class MultiHeadAttention(Attention):
     """
 
     name = "multi_head"
+    linear = ("U.weight", "U.bias")
 
     def __init__(self, channels: int, hidden_size: int, attention_size: int, *, heads: int = 8) -> None:
         super().__init__(channels, hidden_size, attention_size)

@@ -1,4 +1,4 @@
-"""An image classification network read as a grid of annotation vectors."""
+"""The encoder: an image classification network whose last feature map gives the annotation vectors."""
 
 import enum
 import math
@@ -19,9 +19,9 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from captioner.config import ModelConfig
 
-# Pixels of the square that is sent through a network, without computing anything, to see what comes out.
+# Height and width in pixels of the image for which the shapes of a network's outputs are inferred.
 PROBE = 224
-# Where the last feature map is, for families in which it is not called "features"; see `default_node` for VGG.
+# The node of the last feature map, for families in which it is not "features"; see `default_node` for VGG.
 DEFAULT_NODES = {
     "resnet": "layer4",
     "resnext": "layer4",
@@ -39,7 +39,7 @@ DEFAULT_NODES = {
 
 
 class Layout(enum.Enum):
-    """How a node's output is laid out."""
+    """The layout of a node's output."""
 
     CHANNELS_FIRST = "(batch, channels, rows, columns)"
     CHANNELS_LAST = "(batch, rows, columns, channels)"
@@ -49,7 +49,7 @@ class Layout(enum.Enum):
 class Encoder(nn.Module):
     """A torchvision classification network without its classifier (Xu et al. 2015, section 3.1.1).
 
-    It may be convolutional, or a transformer whose tokens stand for the patches of a grid (`vit_b_16`, `swin_t`).
+    It may be convolutional, or a transformer whose tokens are the patches of a grid (`vit_b_16`, `swin_t`).
 
     Args:
         name: the network's name in `torchvision.models`, such as "mobilenet_v2" or "resnet101".
@@ -57,19 +57,18 @@ class Encoder(nn.Module):
         grid: rows and columns of regions; another size than the network's own is reached by average pooling.
         weights: a torchvision weights name ("DEFAULT", "IMAGENET1K_V1"), downloaded by torchvision; the path of
             a state dict (.safetensors, .pth), which need not have a classifier; or None for random weights, to be
-            loaded later. They expect images normalised by `normalisation`.
+            loaded later. Images have to be normalised as in `normalisation`.
 
     Attributes:
         channels: size D of an annotation vector.
         grid: rows and columns; there are rows * columns regions.
-        parts: the body below and above the first block that is tuned, once `split` has divided it; they share its
-            weights.
-        displacement: offset in pixels of the input between the centre of a region's cell and the centre of its
-            receptive field, which lies so far up and to the left of it. Heatmaps are moved by it.
-        autocast_dtype: set it to `torch.bfloat16` to run the convolutions, where the time goes, in that type.
+        parts: after `split`, the body below and above the first block that is tuned; they share its weights.
+        displacement: offset in pixels of the input between the centre of a region's receptive field and the centre of
+            its cell, which is further down and to the right. Heatmaps take it into account.
+        autocast_dtype: set it to `torch.bfloat16` to run the network in that type.
 
     Raises:
-        ValueError: no such network, node or weights, or the node's output has no rows and columns.
+        ValueError: there is no such network, node or weights, or the node's output has no rows and columns.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class Encoder(nn.Module):
         if weights is not None:
             load_weights(network, self.body, name, weights)
         self.body.eval()
-        # In a list, so that they are no submodules: their weights are the body's and are saved once.
+        # In a list, so that they are not submodules, and the weights that they share with the body are saved once.
         self.parts: list[fx.GraphModule] = []
         self.cut_layout = Layout.CHANNELS_FIRST
         found = output_of(self.body, PROBE, PROBE)
@@ -129,7 +128,7 @@ class Encoder(nn.Module):
         return feature_map.flatten(2).transpose(1, 2).float()
 
     def run(self, part: fx.GraphModule, images: Tensor) -> Tensor:
-        """What a part of the network gives, computed in `autocast_dtype`. Raises ValueError as `forward` does."""
+        """The output of a part of the network, computed in `autocast_dtype`. Raises ValueError as `forward` does."""
         if images.dim() == 4:
             images = images.contiguous(memory_format=torch.channels_last)
         kind = self.autocast_dtype
@@ -143,7 +142,7 @@ class Encoder(nn.Module):
         return output
 
     def check_size(self, rows: int, columns: int) -> None:
-        """Raise ValueError unless the network can read images of so many pixels; nothing is computed."""
+        """Raise ValueError unless the network can read images of that size; nothing is computed."""
         try:
             output_of(self.body, rows, columns)
         except (AssertionError, RuntimeError) as error:
@@ -152,11 +151,11 @@ class Encoder(nn.Module):
             ) from error
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Stay in evaluation mode: batch-norm statistics of the pretraining are kept while weights are tuned."""
+        """Stay in evaluation mode, so that batch normalisation keeps the statistics of the pretraining."""
         return super().train(False)
 
     def split(self, block: str) -> None:
-        """Divide the body below a block, so that what is not tuned can be computed once per image.
+        """Divide the body below a block, so that the part that is not tuned can be computed once per image.
 
         Afterwards `lower` gives maps, and `forward` accepts them in place of images.
 
@@ -164,7 +163,7 @@ class Encoder(nn.Module):
             block: as in `train_from`; the cut lies at the last single tensor before its first weight is used.
 
         Raises:
-            ValueError: no parameter's name begins so, or there is nothing below the block.
+            ValueError: there is no such block, or there is nothing below it.
         """
         self.train_from(block)
         tuned = {name for name, parameter in self.body.named_parameters() if parameter.requires_grad}
@@ -179,18 +178,18 @@ class Encoder(nn.Module):
     def lower(self, images: Tensor) -> Tensor:
         """The map where `split` divided the body, (batch, channels, rows, columns), for normalised images.
 
-        A vision transformer's tokens are its rows, in one column, the class token first.
+        The tokens of a vision transformer are its rows, in one column, the class token first.
         """
         return to_lower(self.run(self.parts[0], images), self.cut_layout)
 
     def train_from(self, block: str | None) -> None:
-        """Make the weights from the block of that name upwards trainable; None freezes all of them.
+        """Make the weights from a block upwards trainable; None freezes all of them.
 
         Args:
             block: the beginning of a parameter's name, such as "features.4" or "layer3"; "" means everything.
 
         Raises:
-            ValueError: no parameter's name begins so.
+            ValueError: there is no such block.
         """
         trainable = False
         for name, parameter in self.body.named_parameters():
@@ -202,7 +201,7 @@ class Encoder(nn.Module):
 
 
 def last_cut(body: fx.GraphModule, tuned: Collection[str]) -> fx.Node | None:
-    """The last node before the first tuned weight through which all that follows depends on the image."""
+    """The last node before the first tuned weight whose output alone determines the outputs of all later nodes."""
     nodes = list(body.graph.nodes)
     positions = {node: position for position, node in enumerate(nodes)}
     alive: set[fx.Node] = set()
@@ -217,7 +216,7 @@ def last_cut(body: fx.GraphModule, tuned: Collection[str]) -> fx.Node | None:
 
 
 def divide(body: fx.GraphModule, cut: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The part of a graph up to a node, and the part that goes on from there; both use the weights of `body`."""
+    """The part of a graph up to a node, and the part after it; both use the weights of `body`."""
     nodes = list(body.graph.nodes)
     position = nodes.index(cut)
     lower, upper = fx.Graph(), fx.Graph()
@@ -232,8 +231,8 @@ def divide(body: fx.GraphModule, cut: fx.Node) -> tuple[fx.GraphModule, fx.Graph
 
 
 def output_of(body: fx.GraphModule, rows: int, columns: int) -> Any:
-    """What a network gives for one image of that size: its shape alone, on the meta device, nothing computed."""
-    shell = nn.Module()  # in which `forward` can be called, since a traced module prints every error that passes it
+    """The output of a network for one image of that size, on the meta device: a shape, and nothing is computed."""
+    shell = nn.Module()  # a traced module's own `__call__` prints every error
     shell.body, shell.forward = body, body.forward
     weights = {name: tensor.to("meta") for name, tensor in (*shell.named_parameters(), *shell.named_buffers())}
     with torch.no_grad():
@@ -241,7 +240,7 @@ def output_of(body: fx.GraphModule, rows: int, columns: int) -> Any:
 
 
 def layout_of(output: Any) -> Layout | None:
-    """The layout of a node's output for a square image; None where it is no map."""
+    """The layout of a node's output for a square image; None where it is not a map."""
     if not isinstance(output, Tensor) or output.dim() not in (3, 4):
         return None
     shape = output.shape
@@ -253,7 +252,7 @@ def layout_of(output: Any) -> Layout | None:
 
 
 def to_map(output: Tensor, layout: Layout) -> Tensor:
-    """A node's output as a map (batch, channels, rows, columns); a class token is left out."""
+    """A node's output as a map (batch, channels, rows, columns), without a class token."""
     if layout is Layout.CHANNELS_LAST:
         return output.permute(0, 3, 1, 2)
     if layout is Layout.TOKENS:
@@ -262,27 +261,27 @@ def to_map(output: Tensor, layout: Layout) -> Tensor:
 
 
 def to_lower(output: Tensor, layout: Layout) -> Tensor:
-    """A node's output as a map that `from_lower` turns back; tokens stand in one column, the class token first."""
+    """A node's output as a map, the inverse of `from_lower`; tokens are in one column, the class token first."""
     return output.transpose(1, 2)[..., None] if layout is Layout.TOKENS else to_map(output, layout)
 
 
 def from_lower(maps: Tensor, layout: Layout) -> Tensor:
-    """The output of a node that `to_lower` turned into maps (batch, channels, rows, columns)."""
+    """The output of a node from the maps (batch, channels, rows, columns) that `to_lower` made of it."""
     if layout is Layout.CHANNELS_LAST:
         return maps.permute(0, 2, 3, 1)
     return maps[..., 0].transpose(1, 2) if layout is Layout.TOKENS else maps
 
 
 def displacement_of(body: fx.GraphModule, rows: int) -> float:
-    """How far up the receptive fields of a network's regions lie from the centres of their cells, in pixels.
+    """Offset in pixels between the centre of a region's receptive field and the centre of its cell, further down.
 
-    A window of odd size that moves two pixels at a time is centred on the first of them, one of even size between
-    them. For each node are followed: the centre of the first region's receptive field, and the distance to the next
-    one's. Networks that halve their maps otherwise do it by merging patches, whose centres are those of the cells.
+    A window of odd size and stride two is centred on the first of two pixels, one of even size between them. For each
+    node this computes the centre of the first region's receptive field and the distance to that of the next region.
+    Networks that halve their maps in other ways merge patches, whose centres are those of the cells.
 
     Args:
         body: a network.
-        rows: of the map that it gives for an image of `PROBE` rows.
+        rows: rows of its map for an image of `PROBE` rows.
     """
     centres: dict[fx.Node, tuple[float, float]] = {}
     for node in body.graph.nodes:
@@ -293,8 +292,8 @@ def displacement_of(body: fx.GraphModule, rows: int) -> float:
             first, distance = max(inputs, key=lambda centre: centre[1])
             module = body.get_submodule(str(node.target)) if node.op == "call_module" else nn.Identity()
             if isinstance(module, nn.AdaptiveAvgPool2d):
-                continue  # it gives one value of the whole image
-            for layer in module.modules():  # of torchvision's own modules, which stand in the graph as a whole
+                continue  # it gives one value for the whole image
+            for layer in module.modules():  # a node may be one of torchvision's modules with several layers
                 if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
                     window, stride, padding = (
                         int(value[0] if isinstance(value, tuple) else value)
@@ -314,11 +313,11 @@ def build_network(name: str) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
         raise ValueError(f"torchvision has no classification network {name!r}; it has {', '.join(names)}")
-    # These two warn, and take long, unless they are told how to begin.
+    # Without this option these two warn and initialise slowly.
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     network: nn.Module = torchvision.models.get_model(name, weights=None, **options)
     if isinstance(network, GoogLeNet | Inception3):
-        # Their weights were trained on another normalisation; with this they read what the others do.
+        # Their weights were trained with another normalisation; this converts the usual one.
         network.transform_input = True
     return network
 
@@ -329,7 +328,7 @@ def normalisation(
     """Mean and standard deviation of the three channels of the images that a network's weights were trained on.
 
     Args:
-        name, weights: as for `Encoder`; a file is taken for one of the network's default weights.
+        name, weights: as for `Encoder`; for a file, the normalisation of the network's default weights.
 
     Raises:
         ValueError: no such network or weights.
@@ -359,10 +358,10 @@ def named_weights(name: str, weights: str | Path) -> WeightsEnum:
 
 
 def load_weights(network: nn.Module, body: nn.Module, name: str, weights: str | Path) -> None:
-    """Fill a torchvision network with the weights named (see `Encoder`), never unpickling anything but tensors.
+    """Load weights into a torchvision network (see `Encoder`). Only tensors are ever unpickled.
 
     Args:
-        body: the part of it that is used; what only the rest needs, such as the classifier, may be missing.
+        body: the part of it that is used; weights of the rest, such as the classifier, may be missing.
     """
     if not is_file(weights):
         try:
@@ -384,7 +383,7 @@ def load_weights(network: nn.Module, body: nn.Module, name: str, weights: str | 
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file. Raises ValueError where there is none in it."""
+    """Read a state dict from a file. Raises ValueError where the file has none."""
     if not path.is_file():
         raise ValueError(f"encoder weights {path} are not a file")
     try:
@@ -401,10 +400,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def adapted(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """A state dict as a network of today reads it.
+    """A state dict with the names and shapes of current torchvision.
 
-    DenseNet's files have names from before "norm.1" became "norm1". A vision transformer's position embeddings are
-    resampled where they were trained on larger images.
+    DenseNet's files have older names, "norm.1" for "norm1". The position embeddings of a vision transformer are
+    interpolated if they were trained on images of another size.
     """
     state = {re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d)", r"\1\2", name): tensor for name, tensor in state.items()}
     if isinstance(network, VisionTransformer) and "encoder.pos_embedding" in state:
@@ -413,15 +412,15 @@ def adapted(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
 
 
 def blocks_of(network: nn.Module) -> str:
-    """The nodes of a network by which `Encoder` may be told what to read, down to the second level."""
+    """The nodes of a network that `Encoder` may read, down to the second level."""
     names = get_graph_node_names(network)[1]
     return ", ".join(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
 def default_node(name: str, network: nn.Module) -> str:
-    """The node that gives a torchvision network's last feature map; in VGG the one before the last pooling.
+    """The node of a torchvision network's last feature map; in VGG the one before the last pooling.
 
-    That is the paper's choice: 14 x 14 places for a 224 x 224 image.
+    That is the paper's choice: 14 x 14 regions for a 224 x 224 image.
     """
     if name.startswith("vgg"):
         relus = [i for i, layer in enumerate(network.features) if isinstance(layer, nn.ReLU)]  # type: ignore[arg-type]

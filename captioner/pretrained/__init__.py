@@ -1,4 +1,4 @@
-"""The models in the package. Each folder here that holds a model is one, and its name is the folder's."""
+"""The models in the package. Each folder here with a `model.safetensors` is one; its name is that of the folder."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ class ModelInfo:
 
     Attributes:
         name: the name to give to `Captioner.from_pretrained`.
-        folder: where its files are; `MODEL_CARD.md` there says what it is good for, and what it must not be used for.
+        folder: the folder of its files. `MODEL_CARD.md` there describes its uses and limits.
         megabytes: size of its files on disk, in units of 10^6 bytes.
         encoder: the name of its encoder in torchvision.
         image_size: height and width in pixels to which images are resized.
@@ -45,7 +45,7 @@ def model_folders() -> dict[str, Path]:
 
 
 def read_info(name: str, folder: Path) -> ModelInfo:
-    """What the header of a model's file says about it."""
+    """Read the description of a model in the header of its file."""
     metadata = read_metadata(folder / MODEL_FILE)
     about = json.loads(metadata["about"])
     height, width = json.loads(metadata["preprocessing"])["size"]

@@ -18,13 +18,13 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Ru
 
 @dataclass(frozen=True)
 class Archive:
-    """A zip file on the web.
+    """A zip file to download.
 
     Args:
         url: where it is.
-        digest: "sha256:..." or "md5:..." of the file; None if nobody published one, then the check sums of the
-            members inside the zip are tested instead.
-        folder: where it unpacks to, relative to the root.
+        digest: "sha256:..." or "md5:..." of the file; None if none is published, then the check sums of its members
+            are tested.
+        folder: where to unpack it, relative to the root.
         only: the members to unpack; empty for all.
     """
 
@@ -43,7 +43,7 @@ def obtain(archive: Archive, root: Path, wait: Callable[[float], None]) -> None:
     """Download, verify and unpack one archive, unless that has been done.
 
     Raises:
-        PrepareError: the download or the archive is no good.
+        PrepareError: the download fails, or the archive is damaged.
         OSError: a file cannot be written.
     """
     downloads = root / "downloads"
@@ -72,7 +72,7 @@ def _is_unpacked(archive: Archive, root: Path, stamp: Path) -> bool:
 
 
 def verify(archive: Archive, path: Path) -> None:
-    """Check a download against its digest, or against the check sums in the zip; one that fails is removed.
+    """Check a download against its digest, or against the check sums in the zip; a wrong file is removed.
 
     Raises:
         PrepareError: the file is not what was published, or is damaged.
@@ -102,15 +102,15 @@ def _zip_fault(path: Path) -> str:
 
 
 def unpack(path: Path, folder: Path, only: Sequence[str] = ()) -> list[str]:
-    """Unpack a zip file; members that are there in full are left as they are.
+    """Unpack a zip file; members that exist with their full size are skipped.
 
     Args:
         path: the zip file.
         folder: where to.
-        only: the members to unpack; empty for all but what macOS adds (`__MACOSX`, `.DS_Store`).
+        only: the members to unpack; empty for all except those that macOS adds (`__MACOSX`, `.DS_Store`).
 
     Returns:
-        what was made: `only`, or the names at the top of the archive.
+        `only`, or the names at the top level of the archive.
 
     Raises:
         PrepareError: a member would leave the folder or is not a plain file (then nothing has been written), one of

@@ -20,40 +20,40 @@ class Batch(NamedTuple):
 
     images: (share, 3, height, width), or features (share, regions, channels), float32.
     captions: (share, rows, length) ids, each image's captions from the longest to the shortest, then `PAD`.
-    weight: 1, or 0 where this process has no share and only keeps the others company.
-    words, whole, size: words to predict, captions and images in the whole batch, over all processes; each image's
-        words and captions are counted as often as its data set's weight says.
-    indices: which images they are.
+    weight: 1; 0 where this process has no images in this batch and only joins the collective operations.
+    word_count, caption_count, image_count: words to predict, captions and images in the whole batch, over all
+        processes. Words and captions count as often as the weight of their data set says.
+    indices: of the images in the training set.
     image_weights: (share,), the weight of each image's data set.
     """
 
     images: Tensor
     captions: Tensor
     weight: float
-    words: float
-    whole: float
-    size: int
+    word_count: float
+    caption_count: float
+    image_count: int
     indices: list[int]
     image_weights: Tensor
 
 
 def encode_captions(item: CaptionedImage, vocabulary: Vocabulary, max_length: int) -> list[list[int]]:
-    """Ids of an image's captions, the longest first; a caption of over `max_length` words is cut, with no end."""
+    """Ids of an image's captions, the longest first; one of more than `max_length` words is cut and has no `END`."""
     encoded = [vocabulary.encode(tokenize(caption)) for caption in item.captions]
     cut = [ids if len(ids) <= max_length + 2 else ids[: max_length + 1] for ids in encoded]
     return sorted(cut, key=len, reverse=True)
 
 
 class EpochBatches(Dataset[Batch]):
-    """The batches of one epoch; every image comes once, and each process gets its share of each batch.
+    """The batches of one epoch: every image once, in random order. Each process gets its share of each batch.
 
     Args:
-        source: where images come from.
+        source: gives the images.
         captions: ids of each image's captions, from `encode_captions`.
         batch_size: images in a batch over all processes.
-        seed, epoch: they decide the order.
-        rank, size: which process of how many this is.
-        weights: of each image in the loss; None for 1.
+        seed, epoch: decide the order.
+        rank, size: number of this process, and number of processes.
+        weights: weight of each image in the loss; None for 1.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class EpochBatches(Dataset[Batch]):
         self.source, self.captions = source, captions
         self.weights = weights or [1.0] * len(captions)
         self.epoch, self.rank, self.size = epoch, rank, size
-        chance = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
-        order = torch.randperm(len(captions), generator=chance).tolist()
+        generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
+        order = torch.randperm(len(captions), generator=generator).tolist()
         self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def __len__(self) -> int:
@@ -107,13 +107,13 @@ class EpochBatches(Dataset[Batch]):
 
 
 def ignore_signals(_: int) -> None:
-    """Let a signal that reaches every process of the run be answered by the training loop alone."""
+    """Ignore SIGINT and SIGTERM, which reach every process of a run, in a worker: the training loop handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def pad_captions(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:
-    """Captions of several images as one tensor of ids, (images, rows, length), filled up with `PAD`."""
+    """Captions of several images as one tensor of ids, (images, rows, length), padded with `PAD`."""
     rows = max(len(of_image) for of_image in captions)
     length = max(len(caption) for of_image in captions for caption in of_image)
     padded = torch.full((len(captions), rows, length), PAD)

@@ -1,7 +1,7 @@
 """Flickr8k, Flickr30k and COCO as images with their captions, read from whichever layout is on the disk.
 
-Nothing is downloaded here (see `prepare`), and no image is opened: a file in the folder is enough.
-What cannot be used is skipped and listed in `CaptionDataset.problems`, one line each, "file:line: reason".
+Nothing is downloaded here (see `prepare`), and no image is opened: it is enough that the file exists. Entries that
+cannot be used are skipped and listed in `CaptionDataset.problems`, one line each, "file:line: reason".
 """
 
 import os
@@ -18,16 +18,16 @@ from .layouts import DATASETS, Contents, Layout, Row
 def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
     """Read a data set in the first of its layouts that is found in a folder.
 
-    Karpathy's `dataset_NAME.json` wins over everything else, because published scores are on its splits; then
-    come the layouts in the order of `DATASETS`.
+    Layouts are tried in the order of `DATASETS`. Karpathy's `dataset_NAME.json` comes first, because published scores
+    are on its splits.
 
     Args:
         name: one of `DATASETS`.
         root: the folder that holds the caption files and the image folders.
 
     Raises:
-        DatasetError: the name or the folder is unknown, no layout is there, a file cannot be read at all, or
-            not one image could be used.
+        DatasetError: there is no such data set or folder, no layout is found, a file cannot be read, or no image can
+            be used.
     """
     if name not in DATASETS:
         raise DatasetError(
@@ -63,12 +63,12 @@ def _find_layout(name: str, root: Path) -> Layout:
 
 
 class _ImageFinder:
-    """Finds images in folders, each listed only once: a question for each image is slow on a network disk."""
+    """Finds images in folders. Each folder is listed once: a look-up for each image is slow on network disks."""
 
     def __init__(self, root: Path, folders: Sequence[str]) -> None:
         possible = [root / folder for folder in folders]
         self.folders = [folder for folder in possible if folder.is_dir()] or possible
-        self.told = " or ".join(map(str, self.folders))
+        self.description = " or ".join(map(str, self.folders))
         self.names = cache(self._names)
 
     @staticmethod
@@ -96,7 +96,7 @@ def _join(contents: Contents, images: _ImageFinder, problems: list[str]) -> dict
         if image in first:
             problems.append(f"{where}: {image} is listed before, at {first[image]}")
         elif path is None:
-            problems.append(f"{where}: {image} is not in {images.told}")
+            problems.append(f"{where}: {image} is not in {images.description}")
         elif image not in captions:
             problems.append(f"{where}: {image} has no caption")
         else:

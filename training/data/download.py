@@ -1,4 +1,4 @@
-"""Downloading one file, continued where an earlier attempt broke off."""
+"""Download of one file, resumed where an earlier attempt was interrupted."""
 
 import http
 import http.client
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ATTEMPTS = 5  # in a row that bring nothing new
+ATTEMPTS = 5  # in a row without a new byte
 TIMEOUT = 30.0  # seconds without a byte
 CHUNK = 1 << 20  # bytes
 
@@ -23,7 +23,7 @@ class PrepareError(Exception):
 
 
 class _BrokenOff(Exception):
-    """A download that ended early or out of step, and is worth another try."""
+    """A download that ended early or does not fit the part on the disk; it can be tried again."""
 
 
 _NETWORK_ERRORS = (
@@ -37,15 +37,15 @@ _NETWORK_ERRORS = (
 
 
 def download(url: str, part: Path, wait: Callable[[float], None] = time.sleep) -> None:
-    """Download a file, continuing what an earlier attempt left, and trying again when the connection breaks.
+    """Download a file, resuming an earlier attempt, and trying again when the connection breaks.
 
     Args:
-        url: where it is.
+        url: of the file.
         part: the file to write or continue.
-        wait: pauses for some seconds; twice as long after each attempt that brought nothing.
+        wait: sleeps for a number of seconds, which doubles after each attempt without a new byte.
 
     Raises:
-        PrepareError: the server refuses, or several attempts in a row brought nothing new.
+        PrepareError: the server refuses, or several attempts in a row received nothing.
         OSError: the file cannot be written.
     """
     failures = 0
@@ -90,7 +90,7 @@ def _attempt(url: str, part: Path) -> None:
 
 
 def _refused(error: urllib.error.HTTPError, url: str, part: Path) -> None:
-    """Return if the file is whole already; else raise what the answer means."""
+    """Return if the file is complete already; else raise the error that the status code stands for."""
     if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
         if error.headers.get("Content-Range") == f"bytes */{_size(part)}":
             return
@@ -103,7 +103,7 @@ def _refused(error: urllib.error.HTTPError, url: str, part: Path) -> None:
 
 
 def _extent(response: http.client.HTTPResponse) -> tuple[int, int | None]:
-    """The first byte that is sent, and the size of the whole file where the server tells it."""
+    """The first byte of the response, and the size of the whole file, None where the server does not give it."""
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if match is None:
@@ -122,5 +122,5 @@ def _megabytes(size: int) -> str:
 
 
 def say(message: str) -> None:
-    """Tell the user something; standard output is for results."""
+    """Print a message to standard error; standard output is for results."""
     print(message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a frozen encoder sees, computed once for every image and kept in a memory-mapped file."""
+"""Features of a frozen encoder, computed once for every image and kept in a memory-mapped file."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ from .items import CaptionedImage
 
 try:
     import fcntl
-except ImportError:  # on Windows, where leftovers stay
+except ImportError:  # on Windows, where unfinished files are not removed
     fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("training")
@@ -41,28 +41,30 @@ def cached_maps(
     below: bool = False,
     batch_size: int = 32,
 ) -> np.ndarray:
-    """What a frozen encoder, or the part of it below the tuned blocks, gives for each image.
+    """The output of a frozen encoder, or of its part below the tuned blocks, for each image.
 
-    It is read from the cache if it is there. The file's name is a digest of all that decides its content: the
-    encoder's graph and weights, the preprocessing, the augmentation, and the images' names, sizes and dates. It is
-    written under a temporary name, each process filling its share, and renamed when it is whole. Two runs that need
-    the same file at once each write their own. What a killed run left is removed by the next one.
+    It is read from the cache if it is there. The file's name is a digest of everything that its content depends on:
+    the encoder's graph and weights, the preprocessing, the augmentation, and the images' names, sizes and dates. It is
+    written under a temporary name, each process writing its share, and renamed when it is complete. Two runs that need
+    the same file at once each write their own. Unfinished files of a killed run are removed by the next one.
 
-    It takes 2 bytes a value: for 6000 images, 49 regions and 1280 channels 0.75 GB.
+    The file has 2 bytes for each value: 0.75 GB for 6000 images, 49 regions and 1280 channels.
 
     Args:
         encoder: in evaluation mode, on the device to compute on.
-        photographs: the images; they have been found readable.
-        cache: folder of the cache, made if need be.
-        view: which augmented view of each image is meant, where `photographs` augments.
-        below: stop where `Encoder.split` has divided the encoder.
+        photographs: the images; all must be readable.
+        cache: folder of the cache; it is created if it does not exist.
+        distributed: the processes that share the work.
+        view: number of the augmented view of each image, where `photographs` augments.
+        below: whether to stop where `Encoder.split` has divided the encoder.
+        batch_size: images that go through the encoder together.
 
     Returns:
         Annotation vectors (images, regions, channels), or with `below` maps (images, rows, columns, channels);
         float16, memory-mapped and read-only.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk has no space for the file.
     """
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"features-{features_key(encoder, photographs, view, below)}.npy"
@@ -73,8 +75,8 @@ def cached_maps(
 
     def compute(images: list[Image.Image]) -> np.ndarray:
         pixels = torch.from_numpy(preprocessing(images)).to(device)
-        found = encoder.lower(pixels).permute(0, 2, 3, 1) if below else encoder(pixels)
-        return found.half().cpu().numpy()
+        maps = encoder.lower(pixels).permute(0, 2, 3, 1) if below else encoder(pixels)
+        return maps.half().cpu().numpy()
 
     with ThreadPoolExecutor() as threads, torch.inference_mode():
         shape = (len(items), *compute([Image.new("RGB", preprocessing.size[::-1])]).shape[1:])
@@ -101,12 +103,12 @@ def cached_maps(
 
 
 def reserve(path: Path, shape: tuple[int, ...]) -> BinaryIO:
-    """A file of zeros (float16) beside `path` under a name of its own, its space on the disk taken already.
+    """A new temporary file of float16 zeros beside `path`, with its space on the disk allocated.
 
-    As long as it is open it is locked, by which other runs know that it is being written.
+    It is locked as long as it is open, so that other runs do not take it for the unfinished file of a killed one.
 
     Raises:
-        OSError: the disk has no room for it.
+        OSError: the disk has no space for it.
     """
     remove_leftovers(path.parent)
     size = 2 * math.prod(shape)
@@ -117,7 +119,7 @@ def reserve(path: Path, shape: tuple[int, ...]) -> BinaryIO:
         lock(file)
         np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape).flush()
         if hasattr(os, "posix_fallocate"):
-            # A sparse file would end the process without a word where the disk runs full.
+            # Writing to a sparse memory-mapped file kills the process by a signal where the disk is full.
             os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
     except OSError as error:
         file.close()
@@ -129,7 +131,7 @@ def reserve(path: Path, shape: tuple[int, ...]) -> BinaryIO:
 
 
 def lock(file: BinaryIO) -> bool:
-    """Lock a file until it is closed or its process dies. Returns False where another one holds it, or none can."""
+    """Lock a file until it is closed or the process ends. Returns False if it is locked, or locks are not supported."""
     if fcntl is None:
         return False
     try:
@@ -140,7 +142,7 @@ def lock(file: BinaryIO) -> bool:
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Remove the unfinished files that killed runs left in the cache: those that no process holds the lock of."""
+    """Remove the unfinished files of killed runs from the cache: those that no process has locked."""
     for path in cache.glob(".features-*"):
         with contextlib.suppress(OSError), path.open("rb") as file:  # gone meanwhile, or another user's
             if lock(file):
@@ -148,7 +150,7 @@ def remove_leftovers(cache: Path) -> None:
 
 
 def features_key(encoder: Encoder, photographs: ImageSource, view: int = 0, below: bool = False) -> str:
-    """A digest of everything that decides the features."""
+    """A digest of everything that the features depend on."""
     key = hashlib.sha256()
     files = [(item.path.name, (stat := item.path.stat()).st_size, stat.st_mtime_ns) for item in photographs.items]
     grid = None if below else encoder.grid

@@ -1,4 +1,4 @@
-"""Where the images of a batch come from: photographs, augmented in training, or what was cached of them."""
+"""The images of a batch: photographs, augmented in training, or cached features of them."""
 
 import random
 import re
@@ -16,10 +16,10 @@ from .items import CaptionedImage
 
 
 class Source(Protocol):
-    """Where a batch's images come from."""
+    """Gives the images of a batch."""
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
-        """The images of these indices as the model reads them in this epoch."""
+        """The images with these indices, as the model reads them in this epoch."""
         ...
 
 
@@ -51,7 +51,7 @@ class MapSource:
 
 
 class BlankSource:
-    """No pictures: for captions alone, an image of one region whose features are all zero."""
+    """No images: for captions alone, an image of one region whose features are all zero."""
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
@@ -62,7 +62,16 @@ class BlankSource:
 
 
 class ImageSource:
-    """Photographs from the disk, augmented in training, the same way whenever the same epoch comes again."""
+    """Photographs from the disk, augmented or not.
+
+    Augmentation depends only on the seed, the epoch and the index, so a resumed run sees the same images.
+
+    Args:
+        items: the photographs.
+        preprocessing: the model's.
+        augment: whether to augment.
+        seed, crop_area, colour_change: of the augmentation; see `augment`.
+    """
 
     def __init__(
         self,
@@ -86,13 +95,13 @@ class ImageSource:
         if not self.augment:
             return image
         seed, crop_area, colour_change = self.augmentation
-        chance = random.Random(f"{seed} {epoch} {index}")
+        generator = random.Random(f"{seed} {epoch} {index}")
         may_flip = names_no_side(self.items[index].captions)
-        return augment(image, self.preprocessing.size, may_flip, chance, crop_area, colour_change)
+        return augment(image, self.preprocessing.size, may_flip, generator, crop_area, colour_change)
 
 
 def names_no_side(captions: Sequence[str]) -> bool:
-    """Whether the captions stay true of the mirrored image."""
+    """Whether the captions stay true when the image is mirrored."""
     return not any(re.search(r"\b(left|right)\b", caption, re.IGNORECASE) for caption in captions)
 
 
@@ -100,26 +109,26 @@ def augment(
     image: Image.Image,
     size: tuple[int, int],
     may_flip: bool,
-    chance: random.Random,
+    generator: random.Random,
     crop_area: float = 0.6,
     colour_change: float = 0.2,
 ) -> Image.Image:
-    """A random crop, maybe mirrored, with its light and colours a little changed.
+    """A random crop, mirrored with probability one half, with brightness, contrast and saturation changed a little.
 
     Args:
         size: rows and columns of the result.
         may_flip: whether the image may be mirrored left to right.
-        chance: where the randomness comes from.
-        crop_area: smallest share of the area that is kept.
+        generator: source of the random numbers.
+        crop_area: smallest share of the area that a crop keeps.
         colour_change: brightness, contrast and saturation are multiplied by 1 plus or minus at most this.
     """
-    share, stretch = chance.uniform(crop_area, 1.0), chance.uniform(0.85, 1.18)
+    share, stretch = generator.uniform(crop_area, 1.0), generator.uniform(0.85, 1.18)
     width = min(image.width, image.width * (share * stretch) ** 0.5)
     height = min(image.height, image.height * (share / stretch) ** 0.5)
-    left, top = chance.uniform(0, image.width - width), chance.uniform(0, image.height - height)
+    left, top = generator.uniform(0, image.width - width), generator.uniform(0, image.height - height)
     image = image.resize(size[::-1], Image.Resampling.BILINEAR, (left, top, left + width, top + height))
-    if may_flip and chance.random() < 0.5:
+    if may_flip and generator.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = change(image).enhance(chance.uniform(1 - colour_change, 1 + colour_change))
+        image = change(image).enhance(generator.uniform(1 - colour_change, 1 + colour_change))
     return image

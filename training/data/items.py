@@ -7,7 +7,7 @@ SPLITS = ("train", "dev", "test")
 
 
 class DatasetError(RuntimeError):
-    """There is no data set to read; the message says what was looked for and how to get it."""
+    """A data set cannot be read; the message says what was looked for and how to get it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CaptionDataset:
     Args:
         name: "flickr8k", "flickr30k", "coco", or what a file of your own captions is called.
         splits: the images of "train", "dev" and "test"; a split that the data do not have is empty.
-        problems: what was skipped, each "file:line: reason", or "file:images[index]: reason" in JSON.
+        problems: the entries that were skipped, each "file:line: reason", or "file:images[index]: reason" in JSON.
         layout: in words, which files were read and where the splits come from.
     """
 

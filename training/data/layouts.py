@@ -1,4 +1,4 @@
-"""The layouts in which Flickr8k, Flickr30k and COCO lie on the disk, and the readers of their caption files."""
+"""The layouts in which Flickr8k, Flickr30k and COCO are distributed, and the readers of their caption files."""
 
 import csv
 import json
@@ -12,7 +12,12 @@ from .items import SPLITS, DatasetError
 
 
 class Listed(NamedTuple):
-    """One image of a split, and the line that says so. `image` is relative to an image folder."""
+    """One image of a split.
+
+    where: "file:line" of the entry.
+    split: "train", "dev" or "test".
+    image: path relative to an image folder.
+    """
 
     where: str
     split: str
@@ -20,7 +25,12 @@ class Listed(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One caption and the line it is on. `number` tells the captions of an image apart, where the data do."""
+    """One caption.
+
+    where: "file:line" of the entry.
+    image: path relative to an image folder.
+    number: distinguishes the captions of an image; None where the data do not number them.
+    """
 
     where: str
     image: str
@@ -29,7 +39,12 @@ class Row(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """What the files of a layout say: the images of the splits, all captions, and where the splits come from."""
+    """The contents of a layout's files.
+
+    listed: the images of the splits.
+    rows: all captions.
+    origin: in words, where the splits come from.
+    """
 
     listed: Sequence[Listed]
     rows: Iterable[Row]
@@ -38,11 +53,11 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A way in which a data set lies on the disk; all paths are relative to its root.
+    """The files and folders in which a data set is stored; all paths are relative to its root.
 
     Args:
         title: its name in messages.
-        markers: caption files; one of them is enough to recognise the layout.
+        markers: caption files; the layout is recognised by any one of them.
         images: folders that images may be in.
         read: reads the caption files, adding to the list of problems.
     """
@@ -53,7 +68,7 @@ class Layout:
     read: Callable[["Layout", Path, list[str]], Contents]
 
     def found(self, root: Path) -> list[Path]:
-        """The caption files that are there."""
+        """The caption files that exist."""
         return [root / marker for marker in self.markers if (root / marker).is_file()]
 
 
@@ -83,7 +98,7 @@ def _token_line(line: str) -> tuple[str, str, str]:
 
 
 def _comma_line(line: str) -> tuple[str, None, str]:
-    """`image,caption`, of Flickr8k on Kaggle; two people may well write the same, so nothing tells twins apart."""
+    """`image,caption`, of Flickr8k on Kaggle; captions have no numbers, and two people may write the same one."""
     try:
         image, caption = next(csv.reader([line], strict=True))
     except (ValueError, csv.Error):
@@ -92,7 +107,7 @@ def _comma_line(line: str) -> tuple[str, None, str]:
 
 
 def _pipe_line(line: str) -> tuple[str, str, str]:
-    """`image_name| comment_number| comment`, of Flickr30k on Kaggle; one line of it lacks its second bar."""
+    """`image_name| comment_number| comment`, of Flickr30k on Kaggle; one of its lines lacks the second bar."""
     fields = line.split("|", 2)
     if len(fields) != 3:
         raise ValueError("expected an image, a number and a caption with | between them")
@@ -105,13 +120,13 @@ def _read_text(
     lists: Mapping[str, Sequence[str]],
     proportions: tuple[int, int, int],
 ) -> Callable[[Layout, Path, list[str]], Contents]:
-    """A reader of caption files with a caption a line.
+    """A reader of caption files with one caption on each line.
 
     Args:
-        parse: a line to image, number and caption; raises ValueError with the reason.
-        header: what the first line starts with if it holds the names of the columns.
-        lists: for each split the files that may list its images.
-        proportions: sizes of train, dev and test where no list is found.
+        parse: splits a line into image, number and caption; raises ValueError with the reason where it cannot.
+        header: beginning of the first line, where that holds the names of the columns.
+        lists: for each split, the files that may list its images.
+        proportions: of the sizes of train, dev and test, where no list is found.
     """
 
     def rows(path: Path, root: Path, problems: list[str]) -> Iterator[Row]:
@@ -145,8 +160,8 @@ def _listed(root: Path, lists: Mapping[str, Sequence[str]], problems: list[str])
 def _cut(rows: Iterable[Row], proportions: tuple[int, int, int]) -> list[Listed]:
     """Split the images by their sorted names: the first share for training, the next for dev, the rest for test.
 
-    The same files always give the same splits. They are not the official ones, and scores on them compare with
-    nobody else's.
+    The same files always give the same splits. They are not the official ones, so scores on them cannot be compared
+    with published scores.
     """
     where = {row.image: row.where for row in reversed(list(rows))}
     images = sorted(where)
@@ -182,7 +197,7 @@ def _malformed(where: str, error: Exception) -> str:
 
 
 def _read_karpathy(layout: Layout, root: Path, problems: list[str]) -> Contents:
-    """Karpathy and Fei-Fei's splits; "restval", the part of COCO's val that nobody tests on, is for training."""
+    """Karpathy and Fei-Fei's splits; "restval", the part of COCO's val outside dev and test, is for training."""
     path = layout.found(root)[0]
     names = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
     listed: list[Listed] = []
@@ -205,7 +220,7 @@ def _read_karpathy(layout: Layout, root: Path, problems: list[str]) -> Contents:
 
 
 def _read_coco(layout: Layout, root: Path, problems: list[str]) -> Contents:
-    """COCO's own captions: its train, and its val as dev. The captions of its test images are not public."""
+    """COCO's own captions: its train, and its val as dev. Captions of its test images are not public."""
     listed: list[Listed] = []
     rows: list[Row] = []
     for path in layout.found(root):

@@ -1,7 +1,7 @@
-"""The public data sets: which archives make them, and how they are fetched.
+"""The public data sets: the archives of each, and their download.
 
-Stopped at any point, the same call continues where it was. Archives lie in `downloads/` under the root until they are
-unpacked, and are removed then.
+If it is interrupted at any point, the same call continues there. Archives are kept in `downloads/` under the root and
+removed after they are unpacked.
 """
 
 import errno
@@ -18,13 +18,13 @@ from .items import CaptionDataset
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes a data set.
+    """The parts of a data set.
 
     Args:
-        dataset: the name that `read_dataset` knows it by.
+        dataset: its name in `read_dataset`.
         archives: what to download and unpack.
         terms: one sentence on what the data may be used for.
-        by_hand: what the user has to do where a part is given out on request only.
+        by_hand: instructions for the user, where a part is available on request only.
     """
 
     dataset: str
@@ -108,16 +108,16 @@ RECIPES: dict[str, Recipe] = {
 
 
 def prepare(recipe: Recipe, root: Path, wait: Callable[[float], None] = time.sleep) -> CaptionDataset:
-    """Download and unpack what is not there yet, then read the data set.
+    """Download and unpack the archives that are missing, then read the data set.
 
     Args:
         recipe: what to download.
         root: the folder to make the data set in.
-        wait: pauses for some seconds before another attempt.
+        wait: sleeps for a number of seconds before another attempt.
 
     Raises:
-        PrepareError: a download or an archive is no good, or the disk is full.
-        DatasetError: what was unpacked cannot be read.
+        PrepareError: a download fails, an archive is damaged, or the disk is full.
+        DatasetError: the unpacked files cannot be read.
     """
     try:
         for archive in recipe.archives:

@@ -1,4 +1,4 @@
-"""What `--data` names: the public data sets in their folders, and files of your own captions.
+"""The values of `--data`: public data sets in their folders, and files of your own captions.
 
 A file of captions follows the ImageFolder convention of Hugging Face datasets. A CSV file has the columns `file_name`
 and `text`, a JSON Lines file has an object with these keys on each line, where `text` may also be a list of captions.
@@ -26,7 +26,7 @@ Items = Sequence[CaptionedImage]
 OWN_CAPTIONS = (".csv", ".jsonl")
 SPLIT_NAMES = {"train": "train", "dev": "dev", "val": "dev", "validation": "dev", "test": "test"}
 DEV_SHARE = TEST_SHARE = 0.1
-# CIDEr weights words by how few of the pictures they are used of; with a single picture it is 0 for any caption.
+# CIDEr weights words by inverse document frequency; with a single picture it is 0 for any caption.
 MINIMUM_DEV = 2
 
 
@@ -50,7 +50,7 @@ def read_sources(sources: Sequence[str]) -> list[CaptionDataset]:
 
 
 def read_split(datasets: Sequence[CaptionDataset], split: str, limit: int | None = None) -> dict[str, Items]:
-    """The images of one split of each data set, by its name; at most `limit` of each. What was skipped is logged.
+    """The images of one split of each data set, by its name; at most `limit` of each. Skipped entries are logged.
 
     Raises:
         DatasetError: a data set has none.
@@ -64,7 +64,7 @@ def read_split(datasets: Sequence[CaptionDataset], split: str, limit: int | None
 
 
 def parse_source(source: str) -> tuple[str, Path]:
-    """The name of a data set and its place on the disk.
+    """The name of a data set and its path.
 
     Args:
         source: "NAME=FOLDER" with a name of `DATASETS`, "NAME" alone for the folder data/NAME, or a file of your own
@@ -77,7 +77,7 @@ def parse_source(source: str) -> tuple[str, Path]:
 
 
 class _Row(NamedTuple):
-    """One caption as the file has it, and its "file:line"; `split` is empty where the file names none."""
+    """One caption as it is in the file, and its "file:line"; `split` is empty where the file names none."""
 
     where: str
     image: str
@@ -88,16 +88,16 @@ class _Row(NamedTuple):
 def read_captions(name: str, path: str | os.PathLike[str]) -> CaptionDataset:
     """Read a file of your own captions, CSV or JSON Lines.
 
-    Where the file names no split, it is decided by a hash of each picture's path as it stands in the file; see
-    `split_by_hash`. Lines that cannot be used are skipped: those with a missing picture, an empty caption, an unknown
-    split, a second split for the same picture or the same caption again, and malformed ones.
+    Where the file names no splits, `split_by_hash` decides by the picture's path as written in the file. Lines that
+    cannot be used are skipped: those with a missing picture, an empty caption, an unknown split, a second split for the
+    same picture or the same caption again, and malformed ones.
 
     Args:
         name: the data set's name in scores and messages.
         path: the file.
 
     Raises:
-        DatasetError: the file cannot be read, lacks the columns, or not one picture could be used.
+        DatasetError: the file cannot be read, lacks the columns, or no picture can be used.
     """
     path = Path(path)
     problems: list[str] = []
@@ -151,10 +151,10 @@ def _first_of(problems: Sequence[str]) -> str:
 
 
 def split_by_hash(images: Iterable[str]) -> dict[str, str]:
-    """The split of each picture: eight in ten to train, one each to dev and test, by a hash of its name.
+    """The split of each picture by a hash of its name: about 80 % train, 10 % dev, 10 % test.
 
-    A picture stays where it is when others are added, with one exception: as long as fewer than `MINIMUM_DEV` hashes
-    fall into dev, the pictures with the smallest hashes make it up.
+    A picture stays in its split when others are added, with one exception: as long as fewer than `MINIMUM_DEV` hashes
+    are in the range of dev, the pictures with the smallest hashes are taken.
     """
     hashes = {image: int(hashlib.sha256(image.encode()).hexdigest()[:8], 16) / 2**32 for image in images}
     smallest = sorted(hashes, key=lambda image: hashes[image])[: min(MINIMUM_DEV, len(hashes) // 2)]
@@ -182,7 +182,7 @@ def _csv_rows(path: Path, lines: Sequence[tuple[str, str]], problems: list[str])
 
 
 def _csv_records(lines: Sequence[tuple[str, str]], problems: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """The records that are not blank, each with the place of its first line.
+    """The records that are not blank, each with the "file:line" of its first line.
 
     After a malformed record reading goes on at the next line: a quote that is never closed costs one line, not all.
     """
