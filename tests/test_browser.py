@@ -41,7 +41,7 @@ def default() -> Captioner:
 def url(default):
     """The page with the default model and one of several heads."""
     network = small_model(len(default.vocabulary), attention="multi_head", attention_options={"heads": 2})
-    network.encoder.load_state_dict(default.model.encoder.state_dict())
+    network.encoder.load_state_dict(Captioner.from_pretrained("small", engine="torch").model.encoder.state_dict())
     with torch.no_grad():
         for part in network.decoder.attention.parameters():
             part.mul_(8)  # random weights look everywhere alike
