@@ -64,7 +64,8 @@ class InNumpy:
     ids=["greedy", "beam", "sampled", "nucleus"],
 )
 def test_numpy_and_torch_arrays_give_the_same_captions(annotations, search, kind):
-    net = small_model(words=30, decoder=kind, attention="multi_head", heads=3, attention_size=12).decoder
+    options = {"attention": "multi_head", "attention_options": {"heads": 3}, "attention_size": 12, "heads": 3}
+    net = small_model(words=30, decoder=kind, **options).decoder
     mask = torch.tensor([True, True, False, True, False, True]).expand(6, -1)
     for here in (None, mask):
         ours = search(net, annotations, here)
