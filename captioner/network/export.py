@@ -157,8 +157,7 @@ def export(
                 dims=weights[given.name].shape,
                 data_location=onnx.TensorProto.EXTERNAL,
             )
-            # Not a file: where ONNX Runtime is given files by their names, as on a page, each weight is one.
-            tensor.external_data.add(key="location", value=given.name)
+            tensor.external_data.add(key="location", value="model.safetensors")
     names = tuple(tensor.name for tensor in graph.initializer if tensor.name in weights)
     # What the exporter notes about itself is many times larger than the graph.
     del graph.value_info[:]

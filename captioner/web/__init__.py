@@ -12,6 +12,7 @@ import urllib.request
 import zlib
 from pathlib import Path
 
+from captioner.engine import Graph
 from captioner.files import replacing
 from captioner.heatmap import ANCHORS, colour_table
 from captioner.modelfile import MODEL_FILE, ModelDescription, opened, save_model
@@ -37,17 +38,20 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
 
     Raises:
         CheckpointError: there is no such model, it has a weight that is not finite in float16, or it cannot be written.
-        ImportError: graphs have to be made, and a package for that is missing.
+        ImportError: a package for graphs is missing.
         OSError: a file cannot be written.
     """
     with opened(model) as file:
         description = ModelDescription.from_metadata(file.metadata() or {}, model)
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if description.graphs is None:
+    graphs = description.graphs
+    if graphs is None:
         from captioner.network.export import export_graphs
 
         graphs = export_graphs(description.config, description.preprocessing.size)
-        description = dataclasses.replace(description, graphs=graphs)
+    annotate, encode, step = map(weights_by_name, (graphs.annotate, graphs.encode, graphs.step))
+    graphs = graphs._replace(annotate=annotate, encode=encode, step=step)
+    description = dataclasses.replace(description, graphs=graphs)
     save_model(folder / MODEL_FILE, description, weights, half=True)
     copied = shutil.ignore_patterns("*.py", "__pycache__", "viewer.js")
     shutil.copytree(FILES, folder, ignore=copied, dirs_exist_ok=True)
@@ -58,6 +62,19 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     colours = {name: colour_table(name).astype(int).tolist() for name in ANCHORS}
     (folder / "settings.json").write_text(json.dumps({"search": search, "colours": colours}), "utf-8")
     write_runtime(runtime, folder / "onnxruntime")
+
+
+def weights_by_name(graph: Graph) -> Graph:
+    """The graph with each weight in a file of the weight's name. In the browser these are the names of arrays."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise ImportError("to write a page, pip install 'captioner[export]'") from error
+    model = onnx.load_model_from_string(graph.model)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = tensor.name
+    return graph._replace(model=model.SerializeToString())
 
 
 def write_runtime(runtime: bytes, folder: Path) -> None:

@@ -8,19 +8,20 @@ export class Engine {
     ort.env.wasm.numThreads = 1; // more would need headers that a plain web space does not send
     ort.env.wasm.wasmBinary = await inflate(await fetchBytes("onnxruntime/ort.wasm.zlib"));
     const engine = new Engine();
+    engine.sessions = {};
     for (const part of ["annotate", "encode", "step"]) {
       const { model, weights } = graphs[part];
       const graph = await inflate(Uint8Array.from(atob(model), (letter) => letter.charCodeAt(0)));
       // In a graph each weight is a file of its own, which has the weight's name.
       const externalData = weights.map((name) => ({ path: name, data: new Uint8Array(weight(name).buffer) }));
-      engine[part + "Session"] = await ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData });
+      engine.sessions[part] = await ort.InferenceSession.create(graph, { executionProviders: ["wasm"], externalData });
     }
     return engine;
   }
 
   // The annotation vectors, (1, regions, channels), of one image.
   async annotate(values, shape) {
-    return (await this.annotateSession.run({ images: new ort.Tensor("float32", values, shape) })).annotations;
+    return (await this.sessions.annotate.run({ images: new ort.Tensor("float32", values, shape) })).annotations;
   }
 
   // What every step reads, and the state before the first word. `mask`: 1 where a region is visible, 0 elsewhere.
@@ -28,7 +29,7 @@ export class Engine {
     const given = { annotations, mask: new ort.Tensor("bool", mask, [1, mask.length]) };
     const memory = { ...given };
     const state = {};
-    for (const [name, tensor] of Object.entries(await this.encodeSession.run(given))) {
+    for (const [name, tensor] of Object.entries(await this.sessions.encode.run(given))) {
       if (name.startsWith("next_")) state[name.slice(5)] = tensor;
       else memory[name] = tensor;
     }
@@ -39,7 +40,7 @@ export class Engine {
   // heads, and the state after it.
   async step(memory, state, tokens) {
     const ids = new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, tokens.length]);
-    const { logits, alpha, ...rest } = await this.stepSession.run({ ...memory, ...state, tokens: ids });
+    const { logits, alpha, ...rest } = await this.sessions.step.run({ ...memory, ...state, tokens: ids });
     this.heads = alpha.dims[2];
     const next = Object.entries(rest).filter(([name]) => name.startsWith("next_"));
     return {

@@ -6,7 +6,7 @@ const byId = (id) => document.getElementById(id);
 const { colours } = await (await fetch("settings.json")).json();
 const props = { tables: colours, map_size: MAP_SIZE, value: null };
 let show; // draws props.value
-viewer(byId("result"), props, (_, draw) => (show = draw));
+viewer(byId("viewer"), props, (_, draw) => (show = draw));
 
 const worker = new Worker("worker.js", { type: "module" });
 let ready = false;
