@@ -64,7 +64,9 @@ class InNumpy:
     ids=["greedy", "beam", "sampled", "nucleus"],
 )
 def test_numpy_and_torch_arrays_give_the_same_captions(annotations, search, kind):
-    net = small_model(words=30, decoder=kind, attention="multi_head", heads=3, attention_size=12).decoder
+    net = small_model(
+        words=30, decoder=kind, attention="multi_head", heads=3, attention_size=12, attention_options={"heads": 3}
+    ).decoder
     mask = torch.tensor([True, True, False, True, False, True]).expand(6, -1)
     for here in (None, mask):
         ours = search(net, annotations, here)
