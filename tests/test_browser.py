@@ -230,6 +230,8 @@ def test_two_models_side_by_side_and_one_head_at_a_time(open_page):
     words(page)
     page.get_by_label("heads").check()
     expect(page.locator("#viewer .result")).to_have_count(2)
+    left, right = (page.locator("#viewer .result").nth(number).bounding_box() for number in range(2))
+    assert (left["x"] + left["width"] <= right["x"], left["y"]) == (True, right["y"])
     assert words(page, 0)
     assert words(page, 1)
     assert page.locator("#viewer .head option").all_inner_texts() == ["mean of all heads", "head 1", "head 2"]
