@@ -143,6 +143,9 @@ except ImportError as error:
     caption = run(tmp_path / "none", programs / "captioner", PHOTOS / "cat.jpg", "--heatmaps", "maps")
     assert caption == "a close up of a cat looking at the camera\n"
     assert (tmp_path / "elsewhere" / "maps" / "cat.jpg.png").is_file()
+    done = subprocess.run([programs / "captioner-train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "captioner-train needs the package torch: pip install 'captioner[training]'\n"
 
 
 def test_the_installed_modules_import_nothing_from_a_checkout(installed):
