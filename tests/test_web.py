@@ -5,10 +5,12 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import re
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,9 +23,10 @@ from test_browser import CHROMIUM, browser, picture, words  # noqa: F401  # brow
 
 from captioner import Captioner, cli, web
 from captioner.checkpoint import Checkpoint
+from captioner.engine import Step
 from captioner.images import Preprocessing, load_image
-from captioner.search import BLOCK_NGRAMS, beam_search
-from captioner.vocabulary import Vocabulary
+from captioner.search import BLOCK_NGRAMS, MAX_LENGTH, beam_search
+from captioner.vocabulary import PAD, Vocabulary
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)")
@@ -169,7 +172,7 @@ def test_hidden_regions_are_not_looked_at(open_page, library):
     annotations = library.engine.annotate(library.preprocessing([photo]))
     mask = np.ones(annotations.shape[:2], dtype=bool)
     mask[0, hidden] = False
-    found = beam_search(library.engine, annotations, mask, max_length=22, block_ngrams=BLOCK_NGRAMS)
+    found = beam_search(library.engine, annotations, mask, max_length=MAX_LENGTH, block_ngrams=BLOCK_NGRAMS)
     assert words(page) == library.vocabulary.decode(found.words[0, 0].tolist())
     page.get_by_role("button", name="Show all").click()
     expect(page.locator(".regions [aria-pressed=true]")).to_have_count(0)
@@ -262,6 +265,61 @@ def test_photos_are_resized_as_pillow_does_it(module, data, tolerance):
     )
     expected = np.asarray(Preprocessing(size=(44, 60)).resize(load_image(data)))
     assert np.abs(np.reshape(found, (44, 60, 3)) - expected.astype(int)).max() <= tolerance
+
+
+TABLE = np.random.default_rng(0).normal(0, 2, (101, 12)).astype(np.float32)
+
+
+class State(NamedTuple):
+    code: np.ndarray
+
+
+class TableDecoder:
+    """A decoder whose next scores are a row of `TABLE`, which depends on all words before."""
+
+    heads = 1
+
+    def encode(self, *_):
+        """Nothing."""
+
+    def initial_state(self, memory, rows):
+        return State(np.zeros((1, rows, 1), dtype=np.int64))
+
+    def step(self, memory, state, tokens):
+        code = (7 * state.code + tokens[..., None]) % 101
+        return Step(TABLE[code[..., 0]], State(code), np.ones((*tokens.shape, 1, 1), dtype=np.float32))
+
+
+@needs_chromium
+def test_the_search_has_the_rules_of_the_library(module):
+    options = [
+        {"beam_size": beams, "max_length": length, "length_penalty": penalty, "block_ngrams": block}
+        for beams, length, penalty, block in itertools.product((1, 3, 5), (4, 12), (0, 1, 2.5), (0, 1, 2, 3))
+    ]
+    found = module(
+        """const { beamSearch } = await import("./search.js");
+        const { Tensor } = await import("./onnxruntime/ort.js");
+        const [table, options] = values;
+        const state = (codes) => ({ code: new Tensor("float32", codes, [1, codes.length, 1]) });
+        const engine = {
+            encode: async () => ({ state: state([0]) }),
+            step: async (_, { code }, tokens) => {
+                const codes = tokens.map((token, row) => (7 * code.data[row] + token) % 101);
+                return { logits: codes.map((each) => [...table[each]]), alphas: codes, state: state(codes) };
+            },
+        };
+        return Promise.all(options.map((each) => beamSearch(engine, null, null, each)));""",
+        TABLE.tolist(),
+        options,
+    )
+    best = set()
+    for theirs, option in zip(found, options, strict=True):
+        ours = beam_search(TableDecoder(), np.zeros((1, 1, 1), dtype=np.float32), **option)
+        words = [[word for word in row if word != PAD] for row in ours.words[0].tolist()]
+        assert [each["words"] for each in theirs] == words, option
+        assert [each["score"] for each in theirs] == pytest.approx(ours.scores[0].tolist(), abs=1e-5)
+        best.add(str(words[0]))
+    assert len(best) > 6  # the options matter
 
 
 @needs_chromium

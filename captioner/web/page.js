@@ -28,6 +28,7 @@ function ask(question) {
 
 function choose(photo) {
   hidden.clear();
+  byId("hide").hidden = true; // until this photo is captioned; the regions shown are another's
   ask({ photo, hidden: [] });
 }
 
@@ -36,6 +37,7 @@ worker.onmessage = ({ data }) => {
     report(`Loading the network: ${megabytes(data.loaded)} of ${megabytes(data.size)} MB.`);
   } else if (data.ready) {
     ready = true;
+    asked = performance.now(); // a photo may have been waiting
     report(latest ? "Captioning." : "Ready. Choose a photo.");
     byId("about").textContent = data.ready.trained_on ? `The model was trained on ${data.ready.trained_on}.` : "";
   } else if (data.number === undefined || data.number === latest) {
