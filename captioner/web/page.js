@@ -78,7 +78,10 @@ function drawRegions({ photo, width, height }, [rows, columns]) {
       button.tabIndex = region ? -1 : 0;
       button.ariaPressed = "false";
       button.ariaLabel = `Row ${Math.floor(region / columns) + 1}, column ${(region % columns) + 1}`;
-      button.onclick = () => hide(hidden.has(region) ? [...hidden].filter((each) => each !== region) : [...hidden, region]);
+      button.onclick = () => {
+        const others = [...hidden].filter((each) => each !== region);
+        hide(hidden.has(region) ? others : [...others, region]);
+      };
       button.onkeydown = (event) => {
         const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
         const next = board.children[region + step];

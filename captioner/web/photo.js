@@ -18,7 +18,7 @@ export function resizePhoto(bitmap, width, height) {
   const across = fixedPoint(filterLine(BILINEAR, bitmap.width, width));
   const down = fixedPoint(filterLine(BILINEAR, bitmap.height, height));
   // First every row is resized, strip by strip: the pixels of a large photo would take hundreds of megabytes.
-  const narrow = new Uint8Array(bitmap.height * width * 3);
+  const narrow = new Uint8ClampedArray(bitmap.height * width * 3);
   const context = onWhite(bitmap.width, Math.min(STRIP, bitmap.height));
   for (let top = 0; top < bitmap.height; top += STRIP) {
     const rows = Math.min(STRIP, bitmap.height - top);
@@ -27,15 +27,18 @@ export function resizePhoto(bitmap, width, height) {
     const pixels = context.getImageData(0, 0, bitmap.width, rows).data; // red, green, blue, opacity
     for (let row = 0; row < rows; row++) {
       for (let channel = 0; channel < 3; channel++) {
-        const read = (x) => pixels[4 * (row * bitmap.width + x) + channel];
-        resampleBytes(across, read, (x, byte) => (narrow[3 * ((top + row) * width + x) + channel] = byte));
+        resampleBytes(
+          across,
+          { bytes: pixels, start: 4 * row * bitmap.width + channel, distance: 4 },
+          { bytes: narrow, start: 3 * (top + row) * width + channel, distance: 3 },
+        );
       }
     }
   }
-  const resized = new Uint8Array(height * width * 3);
-  for (let place = 0; place < 3 * width; place++) {
-    const read = (y) => narrow[y * 3 * width + place];
-    resampleBytes(down, read, (y, byte) => (resized[y * 3 * width + place] = byte));
+  const resized = new Uint8ClampedArray(height * width * 3);
+  for (let start = 0; start < 3 * width; start++) {
+    const distance = 3 * width;
+    resampleBytes(down, { bytes: narrow, start, distance }, { bytes: resized, start, distance });
   }
   return resized;
 }

@@ -11,9 +11,9 @@ export const BICUBIC = {
   },
 };
 
-// For each of `outputs` samples from the interval `begin` to `end` of a line of `inputs` samples: the first input that it
-// is computed from, and the weights of that and the following ones. Where the line becomes shorter, the filter becomes
-// wider, so that every input counts (antialiasing).
+// For each of `outputs` samples from the interval `begin` to `end` of a line of `inputs` samples: the first input that
+// it is computed from, and the weights of that and the following ones. Where the line becomes shorter, the filter
+// becomes wider, so that every input counts (antialiasing).
 export function filterLine(filter, inputs, outputs, begin = 0, end = inputs) {
   const scale = (end - begin) / outputs;
   const stretch = Math.max(scale, 1);
@@ -31,19 +31,19 @@ export function filterLine(filter, inputs, outputs, begin = 0, end = inputs) {
 const PLACES = 22;
 
 export function fixedPoint(line) {
-  return line.map(({ first, weights }) => ({
-    first,
-    weights: weights.map((weight) => Math.trunc(weight * 2 ** PLACES + (weight < 0 ? -0.5 : 0.5))),
-  }));
+  const rounded = (weight) => weight * 2 ** PLACES + (weight < 0 ? -0.5 : 0.5); // and then cut by the array
+  return line.map(({ first, weights }) => ({ first, weights: Int32Array.from(weights, rounded) }));
 }
 
-// Resample one line of bytes: `read(input)` gives a sample, `write(output, byte)` takes one.
-export function resampleBytes(line, read, write) {
-  line.forEach(({ first, weights }, output) => {
+// Resample a line of bytes. `from` and `to` say where a line is: in which `bytes`, which cut off what is too large or
+// small for one, at which place it starts, and the distance from one sample to the next.
+export function resampleBytes(line, from, to) {
+  for (let output = 0; output < line.length; output++) {
+    const { first, weights } = line[output];
     let sum = 2 ** (PLACES - 1);
-    for (let k = 0; k < weights.length; k++) sum += weights[k] * read(first + k);
-    write(output, Math.max(0, Math.min(255, sum >> PLACES)));
-  });
+    for (let k = 0; k < weights.length; k++) sum += weights[k] * from.bytes[from.start + (first + k) * from.distance];
+    to.bytes[to.start + output * to.distance] = sum >> PLACES;
+  }
 }
 
 // Resample a map, (rows, columns) numbers, to (height, width); `down` and `across` are lines of a filter.
