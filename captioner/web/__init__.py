@@ -57,8 +57,12 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     shutil.copytree(FILES, folder, ignore=copied, dirs_exist_ok=True)
     viewer = (FILES / "viewer.js").read_text("utf-8")
     (folder / "viewer.js").write_text(f"export function viewer(element, props, watch) {{\n{viewer}}}\n", "utf-8")
-    search = {"beam_size": BEAM_SIZE, "max_length": MAX_LENGTH}
-    search |= {"length_penalty": LENGTH_PENALTY, "block_ngrams": BLOCK_NGRAMS}
+    search: dict[str, float] = {
+        "beam_size": BEAM_SIZE,
+        "max_length": MAX_LENGTH,
+        "length_penalty": LENGTH_PENALTY,
+        "block_ngrams": BLOCK_NGRAMS,
+    }
     colours = {name: colour_table(name).astype(int).tolist() for name in ANCHORS}
     (folder / "settings.json").write_text(json.dumps({"search": search, "colours": colours}), "utf-8")
     write_runtime(runtime, folder / "onnxruntime")
