@@ -210,8 +210,8 @@ class Captioner:
             A `Caption` for one image; for a list, a list of them in the same order.
 
         Raises:
-            ImageError: an image cannot be read, a box lies outside it, or `hide` and `attend` leave none of its regions;
-                the message names it. It is a ValueError.
+            ImageError: an image cannot be read, a box lies outside it, or `hide` and `attend` leave none of its
+                regions; the message names it. It is a ValueError.
             ValueError: an option has a value that cannot be used.
         """
         if errors not in ("raise", "return"):

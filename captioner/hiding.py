@@ -1,7 +1,7 @@
 """Hiding regions from attention: those that a caller names, or one neighbourhood after the other to measure evidence.
 
-Regions are hidden through the decoder's mask. Their attention weights are zero, and the LSTM's first state comes from the
-mean of the annotation vectors that are left. The encoder does not run again, so the vectors of other regions still
+Regions are hidden through the decoder's mask. Their attention weights are zero, and the LSTM's first state comes from
+the mean of the annotation vectors that are left. The encoder does not run again, so the vectors of other regions still
 describe what their receptive fields share with the hidden ones.
 """
 
