@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.root_path,
             max_disk_mb=options.max_disk_mb,
         )
-    except (CheckpointError, ValueError, OSError) as error:
+    except (CheckpointError, ImportError, ValueError, OSError) as error:
         print(f"{command()}: {error}", file=sys.stderr)
         return 1
     print(f"http://{options.host}:{options.port}{options.root_path}", file=sys.stderr)

@@ -115,7 +115,14 @@ def setting_inputs() -> list[Any]:
         gr.Slider(3, 30, 22, step=1, label="Maximum length", info="In words."),
         gr.Checkbox(False, label="Sample the words instead of searching for the best caption"),
         gr.Slider(0.1, 2, 1, step=0.05, label="Temperature", info="Below 1: likelier words. Above 1: rarer words."),
-        gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", info="Sample from the likeliest words of this total."),
+        gr.Slider(
+            0.05,
+            1,
+            0.9,
+            step=0.05,
+            label="Top-p",
+            info="Sample from the likeliest words, up to this total probability.",
+        ),
         gr.Number(0, label="Seed", info="The same seed draws the same captions.", precision=0, minimum=0),
     ]
 

@@ -59,7 +59,7 @@ class Captioner:
             from captioner.network.engine import TorchEngine
 
             engine = TorchEngine(cast("Checkpoint", model).model)
-        self.engine = engine
+        self.engine: Engine = engine
         self.config = model.config
         self.vocabulary = model.vocabulary
         self.preprocessing = model.preprocessing

@@ -14,7 +14,6 @@ import numpy as np
 from captioner.arrays import Array
 
 MAX_GRAPH = 2**24  # bytes of a graph, which has no weights in it
-PARTS = ("annotate", "encode", "step")
 
 
 class Step(NamedTuple):
@@ -38,17 +37,19 @@ class Step(NamedTuple):
 
 
 class Engine(Protocol):
-    """What captioning asks of a network. The arrays that it gives, and takes again, are NumPy's or torch's.
+    """What captioning asks of a network. The arrays that it gives, and takes again, are NumPy's or torch's."""
 
-    Attributes:
-        heads: attention maps of each word.
-        displacement: see `captioner.network.encoder.Encoder`.
-        device: where it computes.
-    """
+    @property
+    def heads(self) -> int:
+        """Attention maps of each word."""
 
-    heads: int
-    displacement: float
-    device: str
+    @property
+    def displacement(self) -> float:
+        """See `captioner.network.encoder.Encoder`."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
 
     def annotate(self, images: np.ndarray) -> Array:
         """The annotation vectors of images, (images, regions, channels).
@@ -105,11 +106,8 @@ class Graphs(NamedTuple):
     def to_text(self) -> str:
         """For the header of a model's file."""
         parts = {
-            name: {
-                "model": base64.b64encode(zlib.compress(graph.model, 9)).decode(),
-                "weights": graph.weights,
-            }
-            for name, graph in zip(PARTS, self, strict=False)
+            name: {"model": base64.b64encode(zlib.compress(graph.model, 9)).decode(), "weights": graph.weights}
+            for name, graph in (("annotate", self.annotate), ("encode", self.encode), ("step", self.step))
         }
         return json.dumps({"displacement": self.displacement, "configuration": self.configuration, **parts})
 
@@ -122,11 +120,11 @@ class Graphs(NamedTuple):
         """
         try:
             values = json.loads(text)
-            parts = [
+            annotate, encode, step = (
                 Graph(inflate(base64.b64decode(values[name]["model"])), tuple(map(str, values[name]["weights"])))
-                for name in PARTS
-            ]
-            return cls(*parts, float(values["displacement"]), str(values["configuration"]))
+                for name in ("annotate", "encode", "step")
+            )
+            return cls(annotate, encode, step, float(values["displacement"]), str(values["configuration"]))
         except (ValueError, TypeError, KeyError, RecursionError, zlib.error) as error:
             raise ValueError(f"the graphs cannot be read: {type(error).__name__}: {error}") from error
 
@@ -167,15 +165,17 @@ class OnnxEngine:
         self.displacement = graphs.displacement
         self.outputs = [output.name for output in self.stepping.get_outputs()]
         shapes = {output.name: output.shape for output in self.stepping.get_outputs()}
-        self.heads = int(shapes["alpha"][2])
+        try:
+            self.heads = int(shapes["alpha"][2])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError("the graphs are not those of a decoder that attends") from error
         prefix = "next_"
-        self.State = collections.namedtuple(  # type: ignore[misc]  # its fields are known now only
-            "State", [name.removeprefix(prefix) for name in self.outputs if name.startswith(prefix)]
-        )
+        fields = [name.removeprefix(prefix) for name in self.outputs if name.startswith(prefix)]
+        self.State: Any = collections.namedtuple("State", fields)  # type: ignore[misc]  # known at run time only
 
     def annotate(self, images: np.ndarray) -> np.ndarray:
         """See `Engine.annotate`."""
-        return self.annotating.run(None, {"images": np.ascontiguousarray(images)})[0]
+        return self.annotating.run(None, {"images": images})[0]
 
     def array(self, values: np.ndarray) -> np.ndarray:
         """The same."""

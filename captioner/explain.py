@@ -1,4 +1,4 @@
-"""The numbers behind a caption, one step at a time: for people who learn or teach attention."""
+"""The numbers behind a caption, step by step, for learning and teaching attention."""
 
 import dataclasses
 from typing import Any
@@ -13,16 +13,16 @@ from captioner.search import steps_of
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What happened before one word was said.
+    """The decoder's numbers at one step.
 
     Attributes:
         word: the word; `<end>` for the end of the sentence.
-        scores: float32 (rows, columns), how well each region answered, before softmax; None where there are several
-            heads, or none of the regions is scored.
+        scores: float32 (rows, columns), the attention score of each region before softmax; None where there are
+            several heads, or regions are not scored.
         weights: float32 (rows, columns), alpha, the mean over the heads; sums to 1.
-        entropies: `normalised_entropy` of the weights, then of each head's where there are several, whose mean is
-            more even than they are.
-        beta: how far the context vector was let in, 0 to 1; None where the decoder has no such gate.
+        entropies: `normalised_entropy` of the weights, then of those of each head where there are several. The entropy
+            of the mean is at least the mean of theirs.
+        beta: the gate of the context vector, 0 to 1; None where the decoder has no such gate.
         candidates: the likeliest next words and their probabilities, the likeliest first.
     """
 
@@ -46,29 +46,29 @@ class Explanation:
 
 
 def normalised_entropy(weights: np.ndarray) -> float:
-    """How widely a map is spread: its entropy - sum_i alpha_i ln alpha_i as a share of the largest possible, ln L.
+    """The entropy of a map, - sum_i alpha_i ln alpha_i, as a share of the largest possible one, ln L.
 
     Args:
         weights: of L regions, of any shape; they sum to 1.
 
     Returns:
-        0 where one region has all the weight or there is no other, 1 where all regions have the same.
+        0 if one region has all the weight, 1 if all regions have the same weight.
     """
     some = weights[weights > 0]
     return float(-(some * np.log(some)).sum() / np.log(max(weights.size, 2)))
 
 
 def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list[Explanation]:
-    """The numbers of each step as the model said the words of a caption.
+    """The numbers of each step of a caption.
 
     Args:
-        captioner: the model that said it.
+        captioner: the model that made it.
         caption: made with `keep_annotations=True`, by `Captioner.caption` or `Captioner.teacher_forced`.
-        candidates: how many of the likeliest words are named at each step, by the probabilities that the search
-            chose from: without the words that it ruled out.
+        candidates: number of the likeliest words to list at each step. Their probabilities are those of the search,
+            which excludes some words.
 
     Returns:
-        One for each word and one for the end of the sentence, unless the caption was cut before it.
+        An explanation of each word, and of the end of the sentence unless the caption was cut before it.
 
     Raises:
         ValueError: the caption has no annotation vectors.

@@ -411,16 +411,18 @@ class Preprocessing:
         """RGB images of any sizes as one batch.
 
         Returns:
-            (batch, 3, rows, columns) in float32, channels last in memory.
+            (batch, 3, rows, columns) in float32.
         """
-        batch = np.empty((len(images), *self.size, 3), dtype=np.uint8)
+        batch = np.empty((len(images), 3, *self.size), dtype=np.uint8)
         for pixels, image in zip(batch, images, strict=True):
-            pixels[:] = np.asarray(self.resize(image))
+            pixels[:] = np.asarray(self.resize(image)).transpose(2, 0, 1)
         values = batch.astype(np.float32)
-        mean, std = (np.array(channels, dtype=np.float32) * np.float32(255) for channels in (self.mean, self.std))
+        mean, std = (
+            np.array(each, dtype=np.float32)[:, None, None] * np.float32(255) for each in (self.mean, self.std)
+        )
         values -= mean
         values /= std
-        return values.transpose(0, 3, 1, 2)
+        return values
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The whole image at the model's input size; an image of that size is returned as it is."""

@@ -131,6 +131,8 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if not path.parent.is_dir():
+        raise CheckpointError(f"there is no model folder {path.parent}")
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:

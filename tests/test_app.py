@@ -673,3 +673,12 @@ def test_wrong_usage_and_what_cannot_start_is_one_clear_line(tmp_path, capsys):
         (tmp_path / "people").write_text(text)
         assert main(["--auth-file", str(tmp_path / "people")]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_model_that_needs_a_package_which_is_missing_is_one_clear_line(monkeypatch, capsys):
+    def from_pretrained(*_):
+        raise ImportError("this needs PyTorch: pip install 'captioner[torch]'")
+
+    monkeypatch.setattr(Captioner, "from_pretrained", from_pretrained)
+    assert main([]) == 1
+    assert capsys.readouterr().err == "python -m app: this needs PyTorch: pip install 'captioner[torch]'\n"

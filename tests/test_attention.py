@@ -97,10 +97,10 @@ def test_additive_weights_are_those_of_the_equation():
             assert torch.allclose(context[i, r], (weights[:, None] * annotations[i]).sum(dim=0), atol=1e-5)
 
 
-def additive_by_hand(attention, h, a, real):
+def additive_by_hand(attention, h, a, mask):
     """softmax(v . tanh(W a_i + b + U h)), one region at a time."""
     W, b, U, v = attention.W.weight, attention.W.bias, attention.U.weight, attention.v.weight[0]
-    scores = [math.exp(float(v @ torch.tanh(W @ a[k] + b + U @ h))) if real[k] else 0.0 for k in range(len(a))]
+    scores = [math.exp(float(v @ torch.tanh(W @ a[k] + b + U @ h))) if mask[k] else 0.0 for k in range(len(a))]
     return torch.tensor(scores) / sum(scores)
 
 
@@ -139,7 +139,7 @@ def test_several_heads_are_torchs_multi_head_attention():
     assert torch.allclose(alpha, maps.transpose(1, 2), atol=1e-6)
 
 
-def test_no_attention_sees_the_mean_of_what_is_real():
+def test_no_attention_gives_the_mean_of_the_valid_regions():
     hidden, annotations, mask = inputs(2, 3, 5, seed=5)
     attention = attention_of("none")
     context = attention(hidden, attention.keys(annotations), annotations, mask).context
@@ -149,7 +149,7 @@ def test_no_attention_sees_the_mean_of_what_is_real():
 
 @torch.no_grad()
 @pytest.mark.parametrize("inference", ["argmax", "expectation"])
-def test_hard_attention_sees_one_region_or_the_expectation(inference):
+def test_hard_attention_uses_one_region_or_the_expectation(inference):
     hidden, annotations, mask = inputs(2, 3, 5, seed=6)
     attention = attention_of("hard", inference=inference).eval()
     context, alpha, choice, *_ = attention(hidden, attention.keys(annotations), annotations, mask)
@@ -164,14 +164,14 @@ def test_hard_attention_sees_one_region_or_the_expectation(inference):
 
 
 @torch.no_grad()
-def test_hard_attention_draws_a_region_by_its_weight_and_half_of_the_images_are_seen_by_expectation():
+def test_hard_attention_draws_a_region_by_its_weight_and_half_of_the_images_use_the_expectation():
     hidden, annotations, mask = (x[:1].expand(4000, *x.shape[1:]) for x in inputs(1, 2, 4, seed=9))
     attention = attention_of("hard").train()
     torch.manual_seed(0)
     context, alpha, choice, regions, _ = attention(hidden, attention.keys(annotations), annotations, mask)
     drawn = choice[:, 0] < 0
     assert regions[:, 0].ge(0).equal(drawn)
-    assert drawn.eq(choice[:, 1] < 0).all()  # one coin an image
+    assert drawn.eq(choice[:, 1] < 0).all()  # decided once per image
     assert 0.45 < drawn.float().mean() < 0.55
     assert torch.allclose(context[~drawn], alpha[~drawn, :, 0] @ annotations[~drawn], atol=1e-6)
     same = (context[drawn, 0, None] - annotations[drawn]).abs().amax(dim=2) < 1e-6
@@ -182,7 +182,7 @@ def test_hard_attention_draws_a_region_by_its_weight_and_half_of_the_images_are_
 
 
 def toy(images: int, entropy: float = 0.0):
-    """One word to say of images with three regions, of which only the last one shows it."""
+    """One word for images with three regions, of which only the last one shows it."""
     logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 3.0]])
     annotations = logits.expand(images, 3, 3)
     hidden = torch.ones(images, 1, 2)
@@ -195,8 +195,8 @@ def toy_output(attention, annotations, hidden):
     context, alpha, choice, *_ = attention(hidden, attention.keys(annotations), annotations)
     images = len(context)
     targets = torch.full((images,), 2)
-    real = torch.ones(images, 1, 1, dtype=torch.bool)
-    return TeacherForced(context[:, 0], targets, alpha[:, :, None], real, choice[:, :, None])
+    mask = torch.ones(images, 1, 1, dtype=torch.bool)
+    return TeacherForced(context[:, 0], targets, alpha[:, :, None], mask, choice[:, :, None])
 
 
 def toy_loss(attention, output, baseline):
@@ -224,7 +224,7 @@ def test_the_drawn_gradient_is_the_exact_one_in_expectation(baseline):
         assert torch.allclose(ours, theirs, atol=0.01 * max(float(part.abs().max()) for part in exact))
 
 
-def test_hard_attention_finds_the_region_that_tells():
+def test_hard_attention_finds_the_informative_region():
     attention, annotations, hidden = toy(64)
     annotations, hidden = annotations.double(), hidden.double()
     optimiser = torch.optim.Adam(attention.parameters(), lr=0.05)

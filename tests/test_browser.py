@@ -41,7 +41,7 @@ def default() -> Captioner:
 def url(default):
     """The page with the default model and one of several heads."""
     network = small_model(len(default.vocabulary), attention="multi_head", attention_options={"heads": 2})
-    network.encoder.load_state_dict(default.model.encoder.state_dict())
+    network.encoder.load_state_dict(Captioner.from_pretrained("small", engine="torch").model.encoder.state_dict())
     with torch.no_grad():
         for part in network.decoder.attention.parameters():
             part.mul_(8)  # random weights look everywhere alike
@@ -230,6 +230,8 @@ def test_two_models_side_by_side_and_one_head_at_a_time(open_page):
     words(page)
     page.get_by_label("heads").check()
     expect(page.locator("#viewer .result")).to_have_count(2)
+    left, right = (page.locator("#viewer .result").nth(number).bounding_box() for number in range(2))
+    assert (left["x"] + left["width"] <= right["x"], left["y"]) == (True, right["y"])
     assert words(page, 0)
     assert words(page, 1)
     assert page.locator("#viewer .head option").all_inner_texts() == ["mean of all heads", "head 1", "head 2"]

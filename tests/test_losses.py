@@ -15,11 +15,11 @@ SPECIAL = (PAD, START, UNKNOWN)
 def result_of(choice: bool = False) -> TeacherForced:
     """Two images with two captions each, of 2, 3, 2 and no words."""
     generator = torch.Generator().manual_seed(0)
-    real = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0]]]).bool()
-    alpha = torch.rand(2, 2, 3, 1, 4, generator=generator).softmax(dim=-1) * real[..., None, None]
-    drawn = -torch.rand(2, 2, 3, generator=generator) * real
+    mask = torch.tensor([[[1, 1, 0], [1, 1, 1]], [[1, 1, 0], [0, 0, 0]]]).bool()
+    alpha = torch.rand(2, 2, 3, 1, 4, generator=generator).softmax(dim=-1) * mask[..., None, None]
+    drawn = -torch.rand(2, 2, 3, generator=generator) * mask
     logits = torch.randn(7, WORDS, generator=generator, requires_grad=True)
-    return TeacherForced(logits, torch.tensor([4, 2, 5, 6, 2, 8, 2]), alpha, real, drawn if choice else None)
+    return TeacherForced(logits, torch.tensor([4, 2, 5, 6, 2, 8, 2]), alpha, mask, drawn if choice else None)
 
 
 def by_word(output: TeacherForced, excluded=()) -> dict[tuple[int, int, int], torch.Tensor]:

@@ -137,12 +137,15 @@ except ImportError as error:
     print(error)
 """
     found = run(tmp_path / "none", programs / "python", "-c", script).splitlines()
-    assert found[:3] == ["a close up of a cat looking at the camera", "10", "('a', 'cat')"]
+    assert found[:3] == ["a close up of a cat looking at the camera", "11", "('a', 'cat')"]
     assert "pip install 'captioner[torch]'" in found[3]
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"cat.png", "figure.png"}
     caption = run(tmp_path / "none", programs / "captioner", PHOTOS / "cat.jpg", "--heatmaps", "maps")
     assert caption == "a close up of a cat looking at the camera\n"
     assert (tmp_path / "elsewhere" / "maps" / "cat.jpg.png").is_file()
+    done = subprocess.run([programs / "captioner-train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "captioner-train needs the package torch: pip install 'captioner[training]'\n"
 
 
 def test_the_installed_modules_import_nothing_from_a_checkout(installed):

@@ -62,7 +62,7 @@ def test_a_model_captions_the_sample_photos(model):
     captions = captioner.caption(PATHS, beam_size=5)
     for found in captions:
         assert 4 <= len(found.words) <= 20
-        assert found.attention.shape == (len(found.words), *captioner.model.config.grid)
+        assert found.attention.shape == (len(found.words), *captioner.config.grid)
         assert 0.05 < found.confidence < 1
     assert len({str(found) for found in captions}) == len(PATHS)
     people = {"man", "woman", "boy", "girl", "person", "child"}

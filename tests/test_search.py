@@ -64,7 +64,8 @@ class InNumpy:
     ids=["greedy", "beam", "sampled", "nucleus"],
 )
 def test_numpy_and_torch_arrays_give_the_same_captions(annotations, search, kind):
-    net = small_model(words=30, decoder=kind, attention="multi_head", heads=3, attention_size=12).decoder
+    options = {"attention": "multi_head", "attention_options": {"heads": 3}, "attention_size": 12, "heads": 3}
+    net = small_model(words=30, decoder=kind, **options).decoder
     mask = torch.tensor([True, True, False, True, False, True]).expand(6, -1)
     for here in (None, mask):
         ours = search(net, annotations, here)
@@ -249,7 +250,7 @@ def test_sampled_log_probabilities_are_those_of_the_distribution_that_was_drawn_
 
 @pytest.mark.parametrize("kind", ["lstm", "transformer"])
 @pytest.mark.parametrize("search", [lambda *of: beam_search(*of, beam_size=3), lambda *of: sample(*of, samples=3)])
-def test_the_regions_that_were_drawn_for_a_caption_can_be_seen_again(annotations, kind, search):
+def test_the_regions_that_were_drawn_for_a_caption_can_be_used_again(annotations, kind, search):
     net = small_model(words=30, decoder=kind, attention="hard", heads=3, dropout=0.5).decoder.eval()
     for module in net.modules():
         if isinstance(module, HardAttention):
@@ -260,7 +261,9 @@ def test_the_regions_that_were_drawn_for_a_caption_can_be_seen_again(annotations
         net.output_bias[END] = -1.0
         found = search(net, annotations, None)
         order = found.lengths.argsort(dim=1, descending=True)
-        words, told, drawn = (gather_rows(part, order) for part in (found.words, found.log_probabilities, found.drawn))
+        words, log_probabilities, drawn = (
+            gather_rows(part, order) for part in (found.words, found.log_probabilities, found.drawn)
+        )
         captions = torch.cat([torch.full_like(words[..., :1], START), words], dim=2)
         again = net(annotations, captions, drawn=drawn)
         other = net(annotations, captions)
@@ -269,12 +272,12 @@ def test_the_regions_that_were_drawn_for_a_caption_can_be_seen_again(annotations
     assert expected.any()
     assert not expected.all()
 
-    def told_by(output):
+    def log_probabilities_of(output):
         return output.log_probabilities(excluded=(PAD, START, UNKNOWN))[..., 1:]  # no caption is empty
 
-    assert torch.allclose(told_by(again), told[..., 1:], atol=1e-5)
+    assert torch.allclose(log_probabilities_of(again), log_probabilities[..., 1:], atol=1e-5)
     assert torch.allclose(again.alpha, gather_rows(found.alpha, order), atol=1e-5)
-    assert not torch.allclose(told_by(other), told[..., 1:], atol=1e-2)
+    assert not torch.allclose(log_probabilities_of(other), log_probabilities[..., 1:], atol=1e-2)
     chosen = again.alpha[:, :, :, 0].log().gather(3, drawn[..., :1].clamp(min=0)).squeeze(3)
     if kind == "lstm":
         here = again.mask & ~expected[:, None, None]

@@ -51,12 +51,12 @@ def test_self_attention_over_the_regions_is_torchs_encoder_layer():
 def test_regions_know_their_row_and_column():
     transformer = AnnotationTransformer(SIZE, (2, 3), layers=1, heads=HEADS, dropout=0.0).eval()
     alike = torch.ones(1, 6, SIZE)
-    told = transformer(alike)[0]
-    assert min(float((told[i] - told[j]).abs().max()) for i in range(6) for j in range(i)) > 1e-3
+    vectors = transformer(alike)[0]
+    assert min(float((vectors[i] - vectors[j]).abs().max()) for i in range(6) for j in range(i)) > 1e-3
     nn.init.zeros_(transformer.columns)
-    told = transformer(alike)[0]
-    assert torch.allclose(told[0:3], told[0:1].expand(3, -1), atol=1e-6)
-    assert not torch.allclose(told[0], told[3], atol=1e-3)
+    vectors = transformer(alike)[0]
+    assert torch.allclose(vectors[0:3], vectors[0:1].expand(3, -1), atol=1e-6)
+    assert not torch.allclose(vectors[0], vectors[3], atol=1e-3)
 
 
 def decoder_of(attention="multi_head", channels=SIZE, **options) -> TransformerDecoder:
@@ -99,12 +99,14 @@ def test_the_decoder_is_torchs_decoder():
     )
     logits = read @ ours.output_weight.T + ours.output_bias
     result = ours(annotations, captions, mask)
-    real = targets != PAD
-    assert torch.allclose(result.logits, logits.view(2, 3, steps, WORDS)[real], atol=1e-5)
-    assert torch.equal(result.targets, targets[real])
-    assert torch.equal(result.mask, real)
+    mask_of_words = targets != PAD
+    assert torch.allclose(result.logits, logits.view(2, 3, steps, WORDS)[mask_of_words], atol=1e-5)
+    assert torch.equal(result.targets, targets[mask_of_words])
+    assert torch.equal(result.mask, mask_of_words)
     assert result.alpha.shape == (2, 3, steps, 2 * HEADS, 5)
-    assert torch.allclose(result.alpha.sum(dim=-1), real[..., None].expand(-1, -1, -1, 2 * HEADS).float(), atol=1e-5)
+    assert torch.allclose(
+        result.alpha.sum(dim=-1), mask_of_words[..., None].expand(-1, -1, -1, 2 * HEADS).float(), atol=1e-5
+    )
     assert (result.alpha[1, ..., 3:] == 0).all()
 
 
@@ -128,7 +130,7 @@ def test_cached_steps_are_what_reading_the_whole_caption_gives(attention):
     assert whole.alpha.shape[3] == decoder.heads == 3 * (HEADS if attention == "multi_head" else 1)
 
 
-def test_no_word_sees_those_after_it():
+def test_no_position_attends_to_those_after_it():
     decoder = decoder_of()
     annotations, captions = torch.randn(1, 5, SIZE), captions_of()[:1, :1]
     changed = captions.clone()
@@ -138,7 +140,7 @@ def test_no_word_sees_those_after_it():
     assert not torch.allclose(first[4:], second[4:], atol=1e-3)
 
 
-def test_hard_cross_attention_tells_what_it_drew():
+def test_hard_cross_attention_returns_what_it_drew():
     decoder = decoder_of("hard").train()
     captions = captions_of()
     torch.manual_seed(2)

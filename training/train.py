@@ -89,7 +89,13 @@ def train(config: TrainConfig, processes: Distributed) -> float:
     )
     stages = plan(config, model, vocabulary, preprocessing, train_items, dev_items, processes)
     trainer = Trainer(config, model, vocabulary, preprocessing, train_items, dev_items, stages, processes)
-    best = trainer.run()
+    try:
+        best = trainer.run()
+    except OSError as error:
+        raise TrainingError(
+            f"cannot save the run in {config.output}: {error.strerror or error}; "
+            "what was saved before is whole, so free some space and run again with --resume"
+        ) from error
     log.info("best %s on dev: %.1f; the model is in %s", config.monitor, 100 * best, config.output)
     return best
 

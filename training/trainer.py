@@ -81,7 +81,8 @@ class Trainer:
         """Train all stages, from the saved state if there is one. Returns the best dev score.
 
         Raises:
-            TrainingError: the run cannot be resumed, the loss is not finite, or a part of the run cannot be written.
+            TrainingError: the run cannot be resumed, or the loss is not finite.
+            OSError: a part of the run cannot be written; what was saved before is whole.
             Interrupted: SIGINT or SIGTERM came; the state has been saved first.
         """
         if self.config.resume and self.distributed.is_first:
@@ -89,19 +90,13 @@ class Trainer:
         self.progress, tensors = load_state(self.config)
         if self.history:
             self.history.steps = self.progress.total_steps
-        try:
-            with self.stop:
-                for number in range(self.progress.stage, len(self.stages)):
-                    self.run_stage(self.stages[number], tensors)
-                    tensors = None
-                    self.progress.begin_stage(number + 1)
-            if self.history:
-                self.history.close()
-        except OSError as error:
-            raise TrainingError(
-                f"cannot save the run in {self.output}: {error.strerror or error}; "
-                "what was saved before is whole, so free some space and run again with --resume"
-            ) from error
+        with self.stop:
+            for number in range(self.progress.stage, len(self.stages)):
+                self.run_stage(self.stages[number], tensors)
+                tensors = None
+                self.progress.begin_stage(number + 1)
+        if self.history:
+            self.history.close()
         return self.progress.best
 
     def run_stage(self, stage: Stage, tensors: dict[str, Tensor] | None) -> None:

@@ -25,7 +25,7 @@ IMAGES, ROWS, STEPS = 2, 3, 4  # sizes of the examples that graphs are traced wi
 class Example(nn.Module):
     """Some modules of a network and a function that calls them."""
 
-    def __init__(self, modules: dict[str, nn.Module], function: Callable[..., Any]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], function: Callable[..., Any]) -> None:
         super().__init__()
         for name, module in modules.items():
             self.add_module(name, module)
