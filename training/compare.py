@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.word not in options.sentence.split():
         parser.error(f"--sentence {options.sentence!r} does not hold the --word {options.word!r}")
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(level)
     try:
         with distributed(base.device) as processes:
             compare(base, options, processes)

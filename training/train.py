@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_arguments(arguments)
     # Of several processes one logs.
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(level)
     try:
         with distributed(config.device) as processes:
             train(config, processes)

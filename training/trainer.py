@@ -1,7 +1,5 @@
 """The training loop: stages, epochs and steps, resumable at any step, on one process or many."""
 
-import dataclasses
-import functools
 import logging
 import math
 import time
@@ -15,13 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from captioner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from captioner.engine import Graphs
 from captioner.images import Preprocessing
 from captioner.network.attention import Attention
 from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import Vocabulary
 
+from .best_model import BestModel
 from .config import TrainConfig, data_weights
 from .data.batches import Batch, EpochBatches, encode_captions
 from .data.images import ImageSource
@@ -67,12 +64,12 @@ class Trainer:
         distributed: Distributed,
     ) -> None:
         self.config, self.model, self.stages, self.distributed = config, model, stages, distributed
-        self.vocabulary, self.preprocessing, self.train_items = vocabulary, preprocessing, train
+        self.vocabulary, self.train_items, self.output = vocabulary, train, Path(config.output)
         self.captions = [encode_captions(item, vocabulary, config.max_length) for item in train]
         weights = data_weights(config)
         self.weights = [weights.get(item.dataset, 1.0) for item in train]
         self.validation = Validation(dev, vocabulary, config.monitor_beam, distributed)
-        self.output = Path(config.output)
+        self.best_model = BestModel(config, vocabulary, preprocessing)
         self.history = History(self.output) if distributed.is_first else None
         self.progress = Progress()
         self.stop = StopRequest()
@@ -181,28 +178,13 @@ class Trainer:
         if self.history:
             self.history.epoch(progress.history)
             if better:
-                about = {"training": dataclasses.asdict(config), "dev": row}
-                checkpoint = Checkpoint(model, self.vocabulary, self.preprocessing, about, self.graphs)
-                save_checkpoint(self.output, checkpoint)
+                self.best_model.save(model, row)
         self.distributed.barrier()
-
-    @functools.cached_property
-    def graphs(self) -> Graphs | None:
-        """The network for ONNX Runtime, exported once for all models that the run keeps; None where it cannot be."""
-        if not self.config.export:
-            return None
-        try:
-            from captioner.network.export import export_graphs
-
-            return export_graphs(self.model.config, self.preprocessing.size)
-        except Exception as error:  # the exporter raises many kinds, and none is worth the run
-            log.warning("models are kept without graphs for ONNX Runtime: %s", error)
-            return None
 
     def begin_stage(self, stage: Stage, tensors: dict[str, Tensor] | None) -> None:
         """Create the average, the optimiser and the objective. A later stage continues from the best model so far."""
         if tensors is None and self.progress.best > -math.inf:
-            self.model.load_state_dict(load_checkpoint(self.output).model.state_dict())
+            self.model.load_state_dict(self.best_model.weights())
         if tensors is None and stage.sharpen != 1:
             for module in self.model.decoder.modules():
                 if isinstance(module, Attention):
