@@ -293,7 +293,15 @@ class Captioner:
         window = check_window(evidence_window)
         read = self.reader(max_pixels, hide, attend)
         batches = read_batches(iter(sources), min(batch_size, max(1, MAX_ROWS // rows)), read)
-        return self.results(batches, search, alternatives, distribution, keep_annotations, window if evidence else None)
+        caption_photos = partial(
+            self.caption_photos,
+            search=search,
+            alternatives=alternatives,
+            distribution=distribution,
+            keep_annotations=keep_annotations,
+            evidence_window=window if evidence else None,
+        )
+        return self.results(batches, caption_photos)
 
     def reader(self, max_pixels: float, hide: Regions | None, attend: Regions | None) -> Callable[[ImageSource], Photo]:
         """What reads one photograph. Raises ValueError where `hide` or `attend` is neither a grid nor boxes."""
@@ -316,25 +324,17 @@ class Captioner:
     def results(
         self,
         batches: Generator[list[Photo | ImageError], None, None],
-        search: Callable[[Array, Array | None], Hypotheses],
-        alternatives: int,
-        distribution: Distribution,
-        keep_annotations: bool,
-        evidence_window: int | None,
+        caption_photos: Callable[[list[Photo]], list[Caption]],
     ) -> Generator[Caption | ImageError, None, None]:
         """The captions of batches of photographs, with the ImageErrors among them in their places."""
         with closing(batches):
             for batch in batches:
                 photos = [photo for photo in batch if isinstance(photo, Photo)]
-                captions: Iterator[Caption] = iter(())
-                if photos:
-                    captions = iter(
-                        self.captions(photos, search, alternatives, distribution, keep_annotations, evidence_window)
-                    )
+                captions: Iterator[Caption] = iter(caption_photos(photos) if photos else ())
                 for photo in batch:
                     yield photo if isinstance(photo, ImageError) else next(captions)
 
-    def captions(
+    def caption_photos(
         self,
         photos: Sequence[Photo],
         search: Callable[[Array, Array | None], Hypotheses],
@@ -406,7 +406,9 @@ class Captioner:
         def read_words(annotations: Array, mask: Array | None) -> Hypotheses:
             return follow(self.engine, annotations, ids, mask)
 
-        return self.captions([photo], read_words, 0, Distribution(), keep_annotations, window if evidence else None)[0]
+        return self.caption_photos(
+            [photo], read_words, 0, Distribution(), keep_annotations, window if evidence else None
+        )[0]
 
     def read(
         self,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import PHOTOS, small_model
+from conftest import PHOTOS, small_captioner, small_model
 from PIL import Image
 
 from captioner import ImageError, hiding
@@ -17,6 +17,22 @@ from captioner.vocabulary import END, PAD, START, UNKNOWN
 CAT = PHOTOS / "cat.jpg"
 RED, BLUE = UNKNOWN + 1, UNKNOWN + 2
 MECHANISMS = ("none", "additive", "hard", "dot", "scaled_dot", "multi_head")
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """A captioner with random weights whose annotation vectors differ by region and by image."""
+    captioner = small_captioner()
+    with torch.no_grad():
+        for weights in captioner.model.decoder.parameters():
+            weights.mul_(3)
+
+    def annotate(images):
+        generators = (torch.Generator().manual_seed(int(np.abs(image).sum())) for image in images)
+        return torch.stack([torch.randn(6, 12, generator=generator).relu() for generator in generators])
+
+    captioner.engine.annotate = annotate
+    return captioner
 
 
 class Nothing(NamedTuple):
@@ -103,45 +119,45 @@ def test_windows_are_squares_cut_off_at_the_edges():
     assert (windows((3, 4), 1) == np.eye(12, dtype=bool)).all()
 
 
-def test_a_caption_has_the_evidence_of_its_words_alone_or_in_a_batch(small):
-    found = small.caption([CAT, PHOTOS / "astronaut.jpg"], evidence=True, beam_size=3)
+def test_a_caption_has_the_evidence_of_its_words_alone_or_in_a_batch(seeing):
+    found = seeing.caption([CAT, PHOTOS / "astronaut.jpg"], evidence=True, beam_size=3)
     for caption, path in zip(found, (CAT, PHOTOS / "astronaut.jpg"), strict=True):
         assert caption.evidence.shape == caption.attention.shape
         assert caption.evidence.dtype == np.float32
         assert (caption.evidence >= 0).all()
-        forced = small.teacher_forced(path, caption.text, evidence=True)
+        forced = seeing.teacher_forced(path, caption.text, evidence=True)
         assert np.allclose(caption.evidence, forced.evidence, atol=1e-5)
         assert all(other.evidence is None for other in caption.alternatives)
-    assert found[0].evidence.max() > 0
-    fine = small.teacher_forced(CAT, found[0].text, evidence=True, evidence_window=1)
-    assert not np.allclose(fine.evidence, found[0].evidence)
-    assert small.caption(CAT).evidence is None
+    assert found[0].evidence.max() > 0.05
+    fine = seeing.teacher_forced(CAT, found[0].text, evidence=True, evidence_window=1)
+    assert np.abs(fine.evidence - found[0].evidence).max() > 0.05
+    assert seeing.caption(CAT).evidence is None
 
 
-def test_hidden_regions_have_neither_weight_nor_evidence(small):
+def test_hidden_regions_have_neither_weight_nor_evidence(seeing):
     hide = np.array([[True, False, False], [False, False, True]])
     for found in (
-        small.caption(CAT, hide=hide, evidence=True, keep_annotations=True),
-        small.caption(CAT, attend=~hide, evidence=True, keep_annotations=True),
-        small.teacher_forced(CAT, "word1 word2", hide=hide, evidence=True, keep_annotations=True),
+        seeing.caption(CAT, hide=hide, evidence=True, keep_annotations=True),
+        seeing.caption(CAT, attend=~hide, evidence=True, keep_annotations=True),
+        seeing.teacher_forced(CAT, "word1 word2", hide=hide, evidence=True, keep_annotations=True),
     ):
         assert (found.mask == ~hide).all()
         assert (found.attention[:, hide] == 0).all()
         assert np.allclose(found.attention.sum(axis=(1, 2)), 1, atol=1e-5)
         assert (found.evidence[:, hide] == 0).all()
-        steps = explain(small, found)
+        steps = explain(seeing, found)
         assert np.allclose([step.weights for step in steps[: len(found.words)]], found.attention, atol=1e-6)
-    assert small.caption(CAT).mask is None
+    assert seeing.caption(CAT).mask is None
 
 
-def test_hidden_regions_change_what_a_caption_is_worth(small):
+def test_hidden_regions_change_what_a_caption_is_worth(seeing):
     everything, without = (
-        small.teacher_forced(CAT, "word1 word2", hide=hide) for hide in (None, windows((2, 3), 1)[0].reshape(2, 3))
+        seeing.teacher_forced(CAT, "word1 word2", hide=hide) for hide in (None, windows((2, 3), 1)[0].reshape(2, 3))
     )
-    assert everything.log_probability != pytest.approx(without.log_probability, abs=1e-7)
+    assert everything.log_probability != pytest.approx(without.log_probability, abs=0.01)
 
 
-def test_boxes_are_those_of_each_upright_photograph(small, tmp_path):
+def test_boxes_are_those_of_each_upright_photograph(seeing, tmp_path):
     cells = Image.new("RGB", (90, 60), "red")
     cells.save(tmp_path / "wide.png")
     exif = Image.Exif()
@@ -150,7 +166,7 @@ def test_boxes_are_those_of_each_upright_photograph(small, tmp_path):
     twice = cells.resize((180, 120))
     paths = [tmp_path / "wide.png", tmp_path / "turned.jpg", twice]
     # The right third of the upper half; of the picture twice as large, the middle of the upper left quarter.
-    wide, turned, large = small.caption(paths, hide=(60, 0, 30, 30), attend=[(0, 0, 90, 30), (0, 30, 30, 30)])
+    wide, turned, large = seeing.caption(paths, hide=(60, 0, 30, 30), attend=[(0, 0, 90, 30), (0, 30, 30, 30)])
     assert wide.mask.tolist() == turned.mask.tolist() == [[True, True, False], [True, False, False]]
     assert large.mask.tolist() == [[True, False, False], [False, False, False]]
 
@@ -194,28 +210,28 @@ def test_cells_are_displaced_as_heatmaps_are():
         ({"evidence_window": 0}, "evidence_window must be a whole number from 1"),
     ],
 )
-def test_regions_and_windows_that_make_no_sense_are_refused_at_once(small, options, message):
-    for call in (lambda: small.stream([], **options), lambda: small.teacher_forced(CAT, "word1", **options)):
+def test_regions_and_windows_that_make_no_sense_are_refused_at_once(seeing, options, message):
+    for call in (lambda: seeing.stream([], **options), lambda: seeing.teacher_forced(CAT, "word1", **options)):
         with pytest.raises(ValueError, match=message):
             call()
 
 
-def test_an_image_of_which_nothing_would_be_left_is_named_and_the_rest_goes_on(small):
-    small_one, large_one = Image.new("RGB", (90, 60), "red"), Image.new("RGB", (900, 600), "red")
-    found = small.caption([small_one, large_one], hide=(0, 0, 90, 60), errors="return")
+def test_an_image_of_which_nothing_would_be_left_is_named_and_the_rest_goes_on(seeing):
+    little, large = Image.new("RGB", (90, 60), "red"), Image.new("RGB", (900, 600), "red")
+    found = seeing.caption([little, large], hide=(0, 0, 90, 60), errors="return")
     assert str(found[0]) == "<RGB image of 90 x 60>: hide and attend leave attention none of the 2 x 3 regions"
     assert found[1].mask.sum() == 5
-    found = small.caption([small_one, large_one], hide=(100, 0, 90, 60), errors="return")
+    found = seeing.caption([little, large], hide=(100, 0, 90, 60), errors="return")
     assert str(found[0]).endswith("the box (100, 0, 90, 60) lies outside the photograph of 90 x 60 pixels")
     with pytest.raises(ImageError, match="none of the 2 x 3 regions"):
-        small.caption(CAT, hide=np.ones((2, 3), dtype=bool))
+        seeing.caption(CAT, hide=np.ones((2, 3), dtype=bool))
     with pytest.raises(ImageError, match="none of the 2 x 3 regions"):
-        small.teacher_forced(CAT, "word1", attend=[])
-    assert small.caption(CAT, hide=[]).mask.all()
+        seeing.teacher_forced(CAT, "word1", attend=[])
+    assert seeing.caption(CAT, hide=[]).mask.all()
 
 
-def test_pictures_and_data_may_be_of_evidence(small):
-    found = small.caption(CAT, evidence=True)
+def test_pictures_and_data_may_be_of_evidence(seeing):
+    found = seeing.caption(CAT, evidence=True)
     word = int(found.evidence.max(axis=(1, 2)).argmax())
     assert (found.maps(of="evidence") == found.evidence).all()
     for draw in (
@@ -226,7 +242,7 @@ def test_pictures_and_data_may_be_of_evidence(small):
         assert draw("evidence").tobytes() != draw("attention").tobytes()
     plain = found.to_dict(attention=True)
     assert np.allclose(plain["evidence"], found.evidence)
-    without = small.caption(CAT)
+    without = seeing.caption(CAT)
     assert "evidence" not in without.to_dict(attention=True)
     with pytest.raises(ValueError, match="has no evidence; make it with evidence=True"):
         without.figure(of="evidence")
