@@ -23,6 +23,7 @@ MECHANISMS = ("none", "additive", "hard", "dot", "scaled_dot", "multi_head")
 def seeing():
     """A captioner with random weights whose annotation vectors differ by region and by image."""
     captioner = small_captioner()
+    captioner.model.encoder.displacement = 0.0
     with torch.no_grad():
         for weights in captioner.model.decoder.parameters():
             weights.mul_(3)
