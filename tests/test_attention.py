@@ -59,6 +59,14 @@ def test_sharpening_divides_the_temperature_of_the_softmax(name):
     assert name == "none" or not torch.allclose(after, before, atol=1e-3)
 
 
+def test_a_mechanism_that_does_not_declare_linear_is_not_sharpened():
+    class Strange(Attention):
+        name = "strange"
+
+    with pytest.raises(ValueError, match="'strange' does not say in which parameters"):
+        Strange(**SIZES).sharpen(2.0)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", MECHANISMS)
 @settings(deadline=None, max_examples=30)

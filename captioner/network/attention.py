@@ -66,7 +66,7 @@ class Attention(nn.Module):
     """
 
     name: ClassVar[str]
-    linear: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[tuple[str, ...] | None] = None
     heads = 1
     draws_regions = False
 
@@ -89,7 +89,13 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def sharpen(self, factor: float) -> None:
-        """Multiply all scores by `factor`, once and for all. Above 1, attention concentrates on fewer regions."""
+        """Multiply all scores by `factor`, once and for all. Above 1, attention concentrates on fewer regions.
+
+        Raises:
+            ValueError: the mechanism does not declare `linear`.
+        """
+        if self.linear is None:
+            raise ValueError(f"attention {self.name!r} does not say in which parameters its scores are linear")
         for name in self.linear:
             self.get_parameter(name).mul_(factor)
 
@@ -152,6 +158,7 @@ class NoAttention(Attention):
     """alpha_i = 1 / L: every word sees the mean annotation vector. The baseline that shows what attention adds."""
 
     name = "none"
+    linear = ()  # all scores are equal
 
     def keys(self, annotations: Tensor) -> Tensor:
         """Nothing to compare with: (images, regions, 0)."""
