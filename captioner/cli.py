@@ -80,7 +80,7 @@ def export(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--onnxruntime-web",
         metavar="FILE",
-        help="with --web: npm's package of that name, instead of fetching it from npm's registry",
+        help="with --web: npm's package of that name, instead of fetching it with npm",
     )
     options = parser.parse_args(arguments)
     if options.onnxruntime_web and not options.web:
