@@ -16,9 +16,10 @@ from PIL import Image
 from captioner.arrays import Array, to_numpy
 from captioner.captions import Caption
 from captioner.engine import Engine, OnnxEngine
+from captioner.hiding import EVIDENCE_WINDOW, check_regions, check_window, measure_evidence, usable_regions
 from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe
 from captioner.modelfile import MODEL_FILE, CheckpointError, ModelDescription, model_file, opened, save_model
-from captioner.options import Options, check_option
+from captioner.options import Options, Regions, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.reading import Photo, read_batches, read_photo
 from captioner.search import (
@@ -196,12 +197,21 @@ class Captioner:
             seed: the same seed gives the same samples.
             max_pixels: larger images are refused before they are decoded; 100 million by default.
             keep_annotations: keep the annotation vectors with each caption, for `captioner.explain`.
+            evidence: measure for each caption, not for its alternatives, how far the log-probability of each word falls
+                without a region and its neighbours: `Caption.evidence`.
+            evidence_window: rows and columns of regions that are hidden together for that, an odd number; 3 by default.
+            hide: regions that attention may not use: a Boolean array (rows, columns), or one box or several, (left,
+                top, width, height) in pixels of the upright photograph. A box stands for the regions whose cells it
+                covers by at least half, or if there is none, for the one of which it covers most; cells lie where
+                heatmaps show them. Regions and boxes are the same for each image of a list.
+            attend: the only regions that attention may use, likewise.
 
         Returns:
             A `Caption` for one image; for a list, a list of them in the same order.
 
         Raises:
-            ImageError: an image cannot be read; the message names it.
+            ImageError: an image cannot be read, a box lies outside it, or `hide` and `attend` leave none of its
+                regions; the message names it. It is a ValueError.
             ValueError: an option has a value that cannot be used.
         """
         if errors not in ("raise", "return"):
@@ -231,6 +241,10 @@ class Captioner:
         seed: int | None = None,
         max_pixels: float = MAX_PIXELS,
         keep_annotations: bool = False,
+        evidence: bool = False,
+        evidence_window: int = EVIDENCE_WINDOW,
+        hide: Regions | None = None,
+        attend: Regions | None = None,
     ) -> Generator[Caption | ImageError, None, None]:
         """Caption any number of images in bounded memory.
 
@@ -240,11 +254,11 @@ class Captioner:
 
         Args:
             sources: the images, each as in `caption`; any iterable, a generator too.
-            batch_size, ..., keep_annotations: as in `caption`.
+            batch_size, ..., attend: as in `caption`.
 
         Returns:
-            An iterator over the results, in order: a `Caption`, or an ImageError in the place of an image that cannot
-            be read. Its `close()` cancels what is not begun.
+            An iterator over the results, in order: a `Caption`, or an ImageError in the place of an image for which
+            `caption` raises one. Its `close()` cancels what is not begun.
 
         Raises:
             TypeError: `sources` is one image, or no iterable.
@@ -276,64 +290,121 @@ class Captioner:
         else:
             search = partial(beam_search, self.engine, beam_size=rows, length_penalty=length_penalty, **shared)
             distribution = Distribution(block_ngrams)
-        batches = read_batches(
-            iter(sources),
-            min(batch_size, max(1, MAX_ROWS // rows)),
-            partial(read_photo, preprocessing=self.preprocessing, max_pixels=max_pixels),
+        window = check_window(evidence_window)
+        read = self.reader(max_pixels, hide, attend)
+        batches = read_batches(iter(sources), min(batch_size, max(1, MAX_ROWS // rows)), read)
+        caption_photos = partial(
+            self.caption_photos,
+            search=search,
+            alternatives=alternatives,
+            distribution=distribution,
+            keep_annotations=keep_annotations,
+            evidence_window=window if evidence else None,
         )
-        return self.results(batches, search, alternatives, distribution, keep_annotations)
+        return self.results(batches, caption_photos)
+
+    def reader(self, max_pixels: float, hide: Regions | None, attend: Regions | None) -> Callable[[ImageSource], Photo]:
+        """What reads one photograph. Raises ValueError where `hide` or `attend` is neither a grid nor boxes."""
+        grid = self.config.grid
+        usable = partial(
+            usable_regions,
+            grid=grid,
+            displacement=self.displacement,
+            hide=check_regions("hide", hide, grid),
+            attend=check_regions("attend", attend, grid),
+        )
+        return partial(read_photo, preprocessing=self.preprocessing, max_pixels=max_pixels, usable=usable)
+
+    @property
+    def displacement(self) -> tuple[float, float]:
+        """See `Caption.displacement`."""
+        rows, columns = self.preprocessing.size
+        return self.engine.displacement / rows, self.engine.displacement / columns
 
     def results(
         self,
         batches: Generator[list[Photo | ImageError], None, None],
-        search: Callable[[Array], Hypotheses],
-        alternatives: int,
-        distribution: Distribution,
-        keep_annotations: bool,
+        caption_photos: Callable[[list[Photo]], list[Caption]],
     ) -> Generator[Caption | ImageError, None, None]:
         """The captions of batches of photographs, with the ImageErrors among them in their places."""
         with closing(batches):
             for batch in batches:
                 photos = [photo for photo in batch if isinstance(photo, Photo)]
-                captions: Iterator[Caption] = iter(())
-                if photos:
-                    annotations = self.annotate(photos)
-                    kept = annotations if keep_annotations else None
-                    captions = iter(self.read(search(annotations), photos, alternatives, distribution, kept))
+                captions: Iterator[Caption] = iter(caption_photos(photos) if photos else ())
                 for photo in batch:
                     yield photo if isinstance(photo, ImageError) else next(captions)
 
-    def annotate(self, photos: Sequence[Photo]) -> Array:
-        """The annotation vectors of photographs, (batch, regions, channels)."""
-        return self.engine.annotate(self.preprocessing([photo.pixels for photo in photos]))
+    def caption_photos(
+        self,
+        photos: Sequence[Photo],
+        search: Callable[[Array, Array | None], Hypotheses],
+        alternatives: int,
+        distribution: Distribution,
+        keep_annotations: bool,
+        evidence_window: int | None,
+    ) -> list[Caption]:
+        """The captions of a batch of photographs.
+
+        Args:
+            photos: at least one.
+            search: gives the hypotheses for annotation vectors and a mask; see `captioner.search.beam_search`.
+            alternatives: how many of an image's hypotheses stand beside the first.
+            distribution: by which the search chooses words.
+            keep_annotations: see `caption`.
+            evidence_window: see `caption`; None to measure no evidence.
+        """
+        annotations = self.engine.annotate(self.preprocessing([photo.pixels for photo in photos]))
+        masks = [photo.mask.ravel() for photo in photos if photo.mask is not None]
+        mask = np.stack(masks) if masks else None  # all photographs have one, or none has
+        found = search(annotations, None if mask is None else self.engine.array(mask))
+        evidence = None
+        if evidence_window is not None:
+            grid, words = self.config.grid, found.words[:, 0]
+            evidence = measure_evidence(self.engine, annotations, words, grid, evidence_window, mask)
+        return self.read(found, photos, alternatives, distribution, annotations if keep_annotations else None, evidence)
 
     def teacher_forced(
-        self, image: ImageSource, text: str, max_pixels: float = MAX_PIXELS, keep_annotations: bool = False
+        self,
+        image: ImageSource,
+        text: str,
+        max_pixels: float = MAX_PIXELS,
+        keep_annotations: bool = False,
+        *,
+        evidence: bool = False,
+        evidence_window: int = EVIDENCE_WINDOW,
+        hide: Regions | None = None,
+        attend: Regions | None = None,
     ) -> Caption:
         """Read a given caption under teacher forcing: the probability and the attention map of each of its words.
 
         Args:
             image: one image, as in `caption`.
             text: lower-case words with a space between each two, such as "a dog on grass".
-            max_pixels, keep_annotations: as in `caption`.
+            max_pixels, ..., attend: as in `caption`.
 
         Returns:
             A `Caption` of these words. The higher its log-probability, the better they describe the image.
 
         Raises:
-            ImageError: the image cannot be read.
-            ValueError: the text has no word, or has words that are not in the vocabulary; the message names them.
+            ImageError: as in `caption`.
+            ValueError: the text has no word, or has words that are not in the vocabulary, which the message names; or
+                an option has a value that cannot be used.
         """
         words = text.split()
         if not words:
             raise ValueError("the caption has no words")
         if unknown := [word for word in words if word not in self.vocabulary.words[len(SPECIAL) :]]:
             raise ValueError(f"the model does not know {', '.join(map(repr, unknown))}")
-        photo = read_photo(image, self.preprocessing, max_pixels)
-        annotations = self.annotate([photo])
+        window = check_window(evidence_window)
+        photo = self.reader(max_pixels, hide, attend)(image)
         ids = self.engine.array(np.array([[self.vocabulary.encode(words)[1:]]]))
-        found = follow(self.engine, annotations, ids)
-        return self.read(found, [photo], 0, Distribution(), annotations if keep_annotations else None)[0]
+
+        def read_words(annotations: Array, mask: Array | None) -> Hypotheses:
+            return follow(self.engine, annotations, ids, mask)
+
+        return self.caption_photos(
+            [photo], read_words, 0, Distribution(), keep_annotations, window if evidence else None
+        )[0]
 
     def read(
         self,
@@ -342,12 +413,15 @@ class Captioner:
         alternatives: int,
         distribution: Distribution,
         annotations: Array | None,
+        evidence: np.ndarray | None,
     ) -> list[Caption]:
-        """Convert hypotheses to captions, each with its annotation vectors where they are given."""
+        """Convert hypotheses to captions, with annotation vectors and evidence where they are given.
+
+        Args:
+            evidence: (images, steps, rows, columns), of the first hypothesis of each image.
+        """
         words, alphas, log_probabilities = map(to_numpy, (found.words, found.alpha, found.log_probabilities))
         grid = self.config.grid
-        pixels = self.engine.displacement
-        displacement = (pixels / self.preprocessing.size[0], pixels / self.preprocessing.size[1])
         captions = []
         # Copied, so that no caption keeps the arrays of its whole batch in memory.
         kept = None if annotations is None else [array.copy() for array in to_numpy(annotations)]
@@ -364,14 +438,16 @@ class Captioner:
                         attention=maps.mean(axis=1),
                         image=photo.preview,
                         head_attention=maps.copy() if self.engine.heads > 1 else None,
-                        displacement=displacement,
+                        displacement=self.displacement,
                         source=photo.path,
                         size=photo.size,
                         annotations=kept[i] if kept else None,
                         distribution=distribution,
+                        mask=photo.mask,
                     )
                 )
-            captions.append(dataclasses.replace(rows[0], alternatives=tuple(rows[1:])))
+            measured = None if evidence is None else evidence[i, : len(rows[0].words)].copy()
+            captions.append(dataclasses.replace(rows[0], alternatives=tuple(rows[1:]), evidence=measured))
         return captions
 
 

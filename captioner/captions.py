@@ -35,6 +35,11 @@ class Caption:
         annotations: float32 (regions, channels), the annotation vectors that the decoder read, for
             `captioner.explain`; None unless they were asked for.
         distribution: how the probabilities of the words were computed.
+        evidence: float32 (T, rows, columns), how far the log-probability of each word falls, in nats, when the
+            window centred on a region is hidden from attention while the caption is read (see
+            `captioner.hiding.measure_evidence`); 0 where the word becomes likelier instead. None unless it was asked
+            for, and for alternatives.
+        mask: Boolean (rows, columns), the regions that attention could use; None for all.
     """
 
     words: tuple[str, ...]
@@ -48,6 +53,8 @@ class Caption:
     size: tuple[int, int] = dataclasses.field(default=(0, 0), repr=False, compare=False)
     annotations: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
     distribution: Distribution = dataclasses.field(default=Distribution(), repr=False, compare=False)
+    evidence: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
+    mask: np.ndarray | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.size == (0, 0):
@@ -97,12 +104,24 @@ class Caption:
         """How many attention maps there are of each word."""
         return 1 if self.head_attention is None else self.head_attention.shape[1]
 
-    def maps(self, head: int | None = None) -> np.ndarray:
-        """The map of each word, (T, rows, columns): a head's, or the mean over all heads.
+    def maps(self, head: int | None = None, of: str = "attention") -> np.ndarray:
+        """The map of each word, (T, rows, columns).
+
+        Args:
+            head: of attention, the number of a head; None for the mean over all heads.
+            of: "attention" or "evidence".
 
         Raises:
             IndexError: there is no such head.
+            ValueError: there is no such map: the caption was made without `evidence=True`, or a head's evidence.
         """
+        heatmap.check_kind(of)
+        if of == "evidence":
+            if self.evidence is None:
+                raise ValueError(f"the caption {str(self)!r} has no evidence; make it with evidence=True")
+            if head is not None:
+                raise ValueError("evidence is of all heads together; leave head out")
+            return self.evidence
         if head is None:
             return self.attention
         if not 0 <= head < self.heads:
@@ -115,9 +134,10 @@ class Caption:
         head: int | None = None,
         scale: str = "caption",
         image: ImageSource | None = None,
+        of: str = "attention",
         **options: Any,
     ) -> Image.Image:
-        """The photograph with a heatmap of the attention for one word.
+        """The photograph with a heatmap of the attention, or of the evidence, for one word.
 
         Args:
             word: the word, or its position.
@@ -125,44 +145,49 @@ class Caption:
             scale: meaning of the brightest colour: "caption" for the largest weight of all words, so that pictures of
                 several words can be compared; "word" for the largest weight of this word.
             image: image to draw over in place of the preview, such as `result.source` for the whole photograph.
+            of: "attention" or "evidence".
             options: see `captioner.heatmap.overlay`.
 
         Raises:
             ImageError: the image given cannot be read.
             KeyError: the caption has no such word.
             IndexError: there is no such head.
-            ValueError: there is no such scale.
+            ValueError: there is no such scale, or no evidence.
         """
-        maps, index = self.maps(head), self.index(word)
+        maps, index = self.maps(head, of), self.index(word)
         top = heatmap.scale_tops(maps, scale)[index]
         photo = self.image if image is None else load_image(image)
         return heatmap.overlay(photo, maps[index], displacement=self.displacement, largest=top, **options)
 
-    def figure(self, head: int | None = None, scale: str = "caption", **options: Any) -> Image.Image:
+    def figure(
+        self, head: int | None = None, scale: str = "caption", of: str = "attention", **options: Any
+    ) -> Image.Image:
         """The photograph, then the heatmap of each word, in a grid as in the paper's figure 2, with a legend.
 
         Args:
-            head, scale: as in `heatmap`.
+            head, scale, of: as in `heatmap`.
             options: see `captioner.heatmap.figure`.
         """
-        maps = self.maps(head)
-        return heatmap.figure(self.image, self.words, maps, scale=scale, displacement=self.displacement, **options)
+        maps, place = self.maps(head, of), self.displacement
+        return heatmap.figure(self.image, self.words, maps, scale=scale, of=of, displacement=place, **options)
 
-    def animation(self, head: int | None = None, scale: str = "caption", **options: Any) -> list[Image.Image]:
+    def animation(
+        self, head: int | None = None, scale: str = "caption", of: str = "attention", **options: Any
+    ) -> list[Image.Image]:
         """One frame per word, for `captioner.heatmap.save_animation`.
 
         Args:
-            head, scale: as in `heatmap`.
+            head, scale, of: as in `heatmap`.
             options: see `captioner.heatmap.animation`.
         """
-        maps = self.maps(head)
-        return heatmap.animation(self.image, self.words, maps, scale=scale, displacement=self.displacement, **options)
+        maps, place = self.maps(head, of), self.displacement
+        return heatmap.animation(self.image, self.words, maps, scale=scale, of=of, displacement=place, **options)
 
     def to_dict(self, attention: bool = False) -> dict[str, Any]:
         """Plain data, ready for JSON.
 
         Args:
-            attention: whether to include the attention maps, as nested lists.
+            attention: whether to include the attention maps, and the evidence where there is some, as nested lists.
         """
         plain: dict[str, Any] = {
             "caption": str(self),
@@ -177,4 +202,6 @@ class Caption:
         }
         if attention:
             plain["attention"] = self.attention.tolist()
+            if self.evidence is not None:
+                plain["evidence"] = self.evidence.tolist()
         return plain

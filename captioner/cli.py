@@ -27,6 +27,7 @@ examples:
   captioner photos/ --recursive --format jsonl --output captions.jsonl --heatmaps maps/
   captioner *.jpg --beam-size 3 --alternatives 2
   captioner photos/ --min-confidence 0.4
+  captioner photo.jpg --hide 120,80,200,150
   captioner photo.jpg --model small
   captioner photo.jpg --temperature 0.8 --top-p 0.9 --seed 1
   cat photo.jpg | captioner -
@@ -79,7 +80,7 @@ def export(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--onnxruntime-web",
         metavar="FILE",
-        help="with --web: npm's package of that name, instead of fetching it from npm's registry",
+        help="with --web: npm's package of that name, instead of fetching it with npm",
     )
     options = parser.parse_args(arguments)
     if options.onnxruntime_web and not options.web:
@@ -122,6 +123,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="caption",
         help="brightness up to the largest weight of the whole caption, or of each word (default: caption)",
     )
+    parser.add_argument(
+        "--heatmaps-of",
+        choices=("attention", "evidence"),
+        default="attention",
+        help="where the network looked, or what each word rests on: how far its log-probability falls when a region "
+        "and its neighbours are hidden from attention (default: attention)",
+    )
+    for option, meaning in (("--hide", "hide a box from attention"), ("--attend", "let attention use only this box")):
+        parser.add_argument(
+            option,
+            type=box,
+            action="append",
+            metavar="X,Y,W,H",
+            help=f"{meaning}: left, top, width and height in pixels; may be given several times",
+        )
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -221,6 +237,9 @@ def run(options: argparse.Namespace) -> int:
         results = captioner.stream(
             (sys.stdin.buffer if item.path == "-" else item.path for item in inputs if not item.error),
             max_pixels=options.max_megapixels * 1e6,
+            evidence=bool(options.heatmaps) and options.heatmaps_of == "evidence",
+            hide=options.hide,
+            attend=options.attend,
             **search_options(options),
         )
     except (CheckpointError, ImportError, ValueError) as error:
@@ -288,7 +307,9 @@ def write_all(
             error = f"{item.path}: confidence {caption.confidence:.2f} is below {options.min_confidence:g}"
             caption = None
         elif caption and caption.words and options.heatmaps:
-            error = save_heatmap(caption, Path(options.heatmaps), item.name, taken, options.heatmap_scale)
+            error = save_heatmap(
+                caption, Path(options.heatmaps), item.name, taken, options.heatmap_scale, options.heatmaps_of
+            )
         if error:
             failed += 1
             report(f"captioner: {error}")
@@ -316,7 +337,7 @@ def escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
 
 
-def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path], scale: str) -> str:
+def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path], scale: str, of: str) -> str:
     """Write the figure of a caption to `folder`/`name`.png, with a number where that name is taken in this run.
 
     Returns an error message, or an empty string.
@@ -329,7 +350,7 @@ def save_heatmap(caption: "Caption", folder: Path, name: str, taken: set[Path], 
     taken.add(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        caption.figure(scale=scale).save(path)
+        caption.figure(scale=scale, of=of).save(path)
     except OSError as error:
         return f"cannot write {path}: {error.strerror or error}"
     return ""
@@ -366,6 +387,17 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
     return number
+
+
+def box(text: str) -> list[float]:
+    """Parse a box of `Captioner.caption`, such as "120,80,200,150"."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4:
+        raise argparse.ArgumentTypeError(f"must be four numbers with commas between them, not {text!r}")
+    return numbers
 
 
 def number(option: str) -> Callable[[str], float]:

@@ -80,7 +80,8 @@ def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list
     tokens = captioner.vocabulary.encode(caption.words)[1 : len(caption.word_log_probabilities) + 1]
     ids = engine.array(np.array([[tokens]]))
     steps = []
-    for t, step in enumerate(steps_of(engine, engine.array(caption.annotations[None]), ids)):
+    mask = None if caption.mask is None else engine.array(caption.mask.reshape(1, -1))
+    for t, step in enumerate(steps_of(engine, engine.array(caption.annotations[None]), ids, mask)):
         heads = to_numpy(step.alpha)[0, 0]
         weights = heads.mean(axis=0)
         probabilities = np.exp(to_numpy(caption.distribution.log_probabilities(step.logits, ids[..., :t]))[0, 0])

@@ -1,4 +1,4 @@
-"""Attention weights as pictures: overlays, figures and animations, with Pillow and NumPy alone."""
+"""Maps of attention or evidence as pictures: overlays, figures and animations, with Pillow and NumPy alone."""
 
 import math
 import os
@@ -25,6 +25,9 @@ GREY = "#707070"  # of small text; readable on white
 # One scale for all words of a caption shows which words have concentrated and which have even attention. A scale for
 # each word shows the details of a weak map, but an almost even map as brightly as a concentrated one.
 SCALES = ("caption", "word")
+
+# What a map holds: attention weights, or the falls of a word's log-probability; see `captioner.hiding`.
+KINDS = ("attention", "evidence")
 
 
 def overlay(
@@ -73,7 +76,7 @@ def upsample(
         displacement: offset between the centre of a region's receptive field and the centre of its cell, as a share
             of the image's height and width.
         largest: the weight at the top of the scale, which becomes 1, as do larger ones. By default the largest of the
-            map.
+            map, which must then be above zero.
 
     Raises:
         ValueError: the weights are not a 2-D array of finite non-negative numbers with a positive one among them.
@@ -81,8 +84,10 @@ def upsample(
     weights = np.asarray(weights, dtype=np.float32)
     if weights.ndim != 2 or 0 in weights.shape:
         raise ValueError(f"attention weights should have the shape (rows, columns), not {weights.shape}")
-    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and (weights.max() > 0 or largest is not None)):
         raise ValueError("attention weights should be finite and not negative, and one of them above zero")
+    if weights.max() == 0:  # a word without evidence
+        return np.zeros(size[::-1], dtype=np.float32)
     rows, columns = weights.shape
     down, right = displacement[0] * rows, displacement[1] * columns
     grid = Image.fromarray(np.pad(weights / weights.max(), ((0, math.ceil(down)), (0, math.ceil(right))), mode="edge"))
@@ -108,9 +113,21 @@ def scale_tops(attention: np.ndarray, scale: str) -> np.ndarray:
     return np.full_like(peaks, peaks.max(initial=0)) if scale == "caption" else peaks
 
 
-def multiple(weight: float, regions: int) -> str:
-    """A weight as a multiple of 1 / regions, the weight of an even map: "7.1x"."""
-    return f"{weight * regions:.1f}x"
+def check_kind(of: str) -> None:
+    """Raise ValueError unless there are maps of that kind."""
+    if of not in KINDS:
+        raise ValueError(f"no maps of {of!r}; choose {' or '.join(KINDS)}")
+
+
+def amount(value: float, regions: int, of: str = "attention") -> str:
+    """A value of a map for people: a weight as a multiple of that of an even map, "7.1x", or evidence in nats, "2.31".
+
+    Args:
+        value: of one region.
+        regions: L; the weights of an even map are 1 / L.
+        of: "attention" or "evidence".
+    """
+    return f"{value * regions:.1f}x" if of == "attention" else f"{value:.2f}"
 
 
 def colour_table(name: str) -> np.ndarray:
@@ -132,6 +149,7 @@ def figure(
     attention: np.ndarray,
     *,
     scale: str = "caption",
+    of: str = "attention",
     tile: int = 224,
     columns: int | None = None,
     strength: float = 0.65,
@@ -140,21 +158,23 @@ def figure(
 ) -> Image.Image:
     """The photograph, then the heatmap of every word, in a grid (Xu et al. 2015, figure 2), and a legend.
 
-    Each word has its largest weight beside it, as a multiple of that of an even map.
+    Each word has the largest value of its map beside it; see `amount`.
 
     Args:
         image: the photograph.
         words: the T words.
         attention: (T, rows, columns).
         scale: "caption" or "word"; see `scale_tops`.
+        of: "attention" or "evidence", what the maps hold and the legend explains.
         tile: width of one picture in pixels; a photograph more than twice as high as wide is centred in it.
         columns: pictures in a row; by default the figure is about twice as wide as high.
         strength, colours, displacement: see `overlay`.
 
     Raises:
-        ValueError: words and maps differ in number, or there is no such scale.
+        ValueError: words and maps differ in number, or there is no such scale or kind of map.
     """
     check_maps(words, attention)
+    check_kind(of)
     photo = shrink(image, tile)
     label = max(14, tile // 9)
     count = len(words) + 1
@@ -166,7 +186,7 @@ def figure(
     font = ImageFont.load_default(size=label * 0.72)
     tops, regions = scale_tops(attention, scale), math.prod(attention.shape[1:])
     shared = (tops.max(initial=0) or None) if scale == "caption" else None
-    key = legend(min(width, 2 * tile), label, regions, shared, strength, colours)
+    key = legend(min(width, 2 * tile), label, regions, shared, strength, colours, of)
     canvas = Image.new("RGB", (width, height + key.height), "white")
     canvas.paste(key, (0, height))
     draw = ImageDraw.Draw(canvas)
@@ -175,7 +195,7 @@ def figure(
     for number, (word, weights, top) in enumerate(zip(words, attention, tops, strict=True), 1):
         x, y = number % columns * step_x, number // columns * step_y
         canvas.paste(overlay(photo, weights, strength, colours, displacement, top), (x + margin, y + label))
-        peak = multiple(weights.max(), regions)
+        peak = amount(weights.max(), regions, of)
         left = x + (tile - font.getlength(f"{word} {peak}")) / 2
         draw.text((left, y + label / 2), word, "black", font, anchor="lm")
         draw.text((left + font.getlength(f"{word} "), y + label / 2), peak, GREY, font, anchor="lm")
@@ -183,23 +203,35 @@ def figure(
 
 
 def legend(
-    width: int, line: int, regions: int, top: float | None, strength: float = 0.65, colours: str = "inferno"
+    width: int,
+    line: int,
+    regions: int,
+    top: float | None,
+    strength: float = 0.65,
+    colours: str = "inferno",
+    of: str = "attention",
 ) -> Image.Image:
-    """A bar with the colours of a scale over middle grey, labelled in multiples of the weight of an even map.
+    """A bar with the colours of a scale over middle grey, labelled with what they mean; see `amount`.
 
     Args:
         width: of the picture, in pixels.
         line: height of a line of text and of the bar, in pixels.
-        regions: L, the number of regions; the weight 1 / L of an even map is marked on the bar.
+        regions: L, the number of regions; the weight 1 / L of an even map is marked on the bar of attention.
         top: the weight at the end of the bar; None where each word has its own scale.
         strength, colours: see `overlay`.
+        of: "attention" or "evidence".
     """
     font = ImageFont.load_default(size=line * 0.6)
-    start, end = "0 ", " the word's largest" if top is None else f" {multiple(top, regions)}"
+    start, end = "0 ", " the word's largest" if top is None else f" {amount(top, regions, of)}"
     left = math.ceil(font.getlength(start))
     # The same room for every number, so that the bar has the same length in all frames of an animation.
     right = max(left + 1, width - math.ceil(max(font.getlength(end), font.getlength(" 000.0x"))))
-    text = f"1x{'' if top is None else ' (marked)'}: the weight of an even map, 1/{regions}".split(" ")
+    even = top if of == "attention" else None  # evidence has no even map to mark
+    if of == "attention":
+        meaning = f"1x{'' if even is None else ' (marked)'}: the weight of an even map, 1/{regions}"
+    else:
+        meaning = "fall of the word's log-probability, in nats, when this part is hidden"
+    text = meaning.split(" ")
     lines = wrap(text, font, width)
     canvas = Image.new("RGB", (width, line * (1 + len(lines))), "white")
     grey = Image.new("RGB", (right - left, round(line * 0.6)), "#808080")
@@ -208,8 +240,8 @@ def legend(
     draw = ImageDraw.Draw(canvas)
     draw.text((0, line / 2), start, "black", font, anchor="lm")
     draw.text((right, line / 2), end, "black", font, anchor="lm")
-    if top is not None:
-        x = left + (right - left - 1) / max(top * regions, 1)
+    if even is not None:
+        x = left + (right - left - 1) / max(even * regions, 1)
         thick = max(1, line // 12)
         draw.line([(x, 0), (x, line)], "white", 3 * thick)
         draw.line([(x, 0), (x, line)], "black", thick)
@@ -225,6 +257,7 @@ def animation(
     attention: np.ndarray,
     *,
     scale: str = "caption",
+    of: str = "attention",
     width: int = 480,
     strength: float = 0.65,
     colours: str = "inferno",
@@ -233,20 +266,21 @@ def animation(
     """One frame per word: the photograph with the word's heatmap, the sentence with the word in black, and a legend.
 
     Args:
-        image, words, attention, scale, strength, colours, displacement: as in `figure`.
+        image, words, attention, scale, of, strength, colours, displacement: as in `figure`.
         width: of the frames, in pixels; a photograph more than twice as high as wide is centred in them.
 
     Raises:
-        ValueError: words and maps differ in number, or there is no such scale.
+        ValueError: words and maps differ in number, or there is no such scale or kind of map.
     """
     check_maps(words, attention)
+    check_kind(of)
     photo = shrink(image, width)
     font = ImageFont.load_default(size=width / 22)
     lines = wrap(words, font, width - 16)
     height = math.ceil(width / 16)
     frames = []
     for current, top in enumerate(scale_tops(attention, scale)):
-        key = legend(width - 16, math.ceil(width / 20), attention[current].size, top, strength, colours)
+        key = legend(width - 16, math.ceil(width / 20), attention[current].size, top, strength, colours, of)
         foot = photo.height + height * len(lines) + 12
         frame = Image.new("RGB", (width, foot + key.height + 4), "white")
         lit = overlay(photo, attention[current], strength, colours, displacement, top)

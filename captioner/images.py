@@ -56,7 +56,7 @@ TURNS = {
 
 
 class ImageError(ValueError):
-    """An image that cannot be read. The message names it and gives the reason."""
+    """An image that cannot be read, or not with these regions. The message names it and gives the reason."""
 
 
 def load_image(source: ImageSource, max_pixels: float = MAX_PIXELS) -> Image.Image:

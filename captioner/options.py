@@ -1,7 +1,14 @@
 """The options of captioning and their limits. Nothing heavy is imported here, so that the command starts quickly."""
 
 import operator
-from typing import NamedTuple, TypedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypedDict, Union
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# Some regions of a picture: a Boolean grid (rows, columns), or one box or several (left, top, width, height) in pixels.
+Regions = Union["np.ndarray", Sequence[Sequence[bool]], Sequence[float], Sequence[Sequence[float]]]
 
 
 class Options(TypedDict, total=False):
@@ -18,6 +25,10 @@ class Options(TypedDict, total=False):
     seed: int | None
     max_pixels: float
     keep_annotations: bool
+    evidence: bool
+    evidence_window: int
+    hide: Regions | None
+    attend: Regions | None
 
 
 class Limits(NamedTuple):
@@ -43,6 +54,7 @@ LIMITS = {
     "temperature": Limits(False, 0, 1000, above=True),
     "top_p": Limits(False, 0, 1, above=True),
     "seed": Limits(True, -(2**63), 2**63 - 1),  # 64 bits
+    "evidence_window": Limits(True, 1, 999),
     "max_pixels": Limits(False, 1, 10**12),
     "max_megapixels": Limits(False, 1e-6, 10**6),
     "min_confidence": Limits(False, 0, 1),

@@ -6,9 +6,10 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from captioner.images import ImageError, ImageSource, Preprocessing, load_image
+from captioner.images import ImageError, ImageSource, Preprocessing, describe, load_image
 
 PREVIEW = 1024  # pixels of the longer side of a preview
 # Each thread holds one whole photograph at a time. One thread more than processors, since some wait for the disk.
@@ -22,25 +23,42 @@ class Photo(NamedTuple):
     preview: upright, RGB, with a longer side of at most `PREVIEW` pixels.
     size: width and height of the whole photograph.
     path: its path; None where it was not given by its path.
+    mask: Boolean (rows, columns), the regions that attention may use; None for all.
     """
 
     pixels: Image.Image
     preview: Image.Image
     size: tuple[int, int]
     path: str | None
+    mask: np.ndarray | None = None
 
 
-def read_photo(source: ImageSource, preprocessing: Preprocessing, max_pixels: float) -> Photo:
+def read_photo(
+    source: ImageSource,
+    preprocessing: Preprocessing,
+    max_pixels: float,
+    usable: Callable[[tuple[int, int]], np.ndarray | None] = lambda size: None,
+) -> Photo:
     """Read a photograph; see `captioner.images.load_image`.
 
+    Args:
+        source, max_pixels: as there.
+        preprocessing: of the model.
+        usable: gives the regions that attention may use, for a photograph of some width and height; raises ValueError
+            where that is impossible.
+
     Raises:
-        ImageError: it cannot be read.
+        ImageError: it cannot be read, or `usable` raised a ValueError.
     """
     image = load_image(source, max_pixels)
+    try:
+        mask = usable(image.size)
+    except ValueError as error:
+        raise ImageError(f"{describe(source)}: {error}") from error
     pixels = preprocessing.resize(image)
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     # `resize` returns an image of the right size as it is: the caller's own, who may change it.
-    return Photo(pixels.copy() if pixels is image else pixels, make_preview(image), image.size, path)
+    return Photo(pixels.copy() if pixels is image else pixels, make_preview(image), image.size, path, mask)
 
 
 def make_preview(image: Image.Image) -> Image.Image:

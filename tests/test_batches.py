@@ -90,7 +90,8 @@ def test_augmentation_is_the_same_for_the_same_epoch_and_another_for_the_next():
 
 def test_without_augmentation_an_image_is_what_the_library_reads():
     plain = ImageSource(ITEMS, PREPROCESSING, augment=False)
-    assert torch.equal(plain.load([0], epoch=1), PREPROCESSING([Image.open(ITEMS[0].path).convert("RGB")]))
+    pixels = PREPROCESSING([Image.open(ITEMS[0].path).convert("RGB")])
+    assert torch.equal(plain.load([0], epoch=1), torch.from_numpy(pixels))
 
 
 def test_an_image_is_never_mirrored_where_a_caption_names_a_side():

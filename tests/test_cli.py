@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from conftest import PHOTOS
 from PIL import Image
@@ -354,6 +355,34 @@ def test_a_heatmap_that_cannot_be_written_is_named_and_the_captions_go_on(small_
     assert len(out.splitlines()) == 2
     assert err == f"captioner: cannot write {tmp_path / 'maps' / 'a.jpg.png'}: Is a directory\n"
     assert (tmp_path / "maps" / "b.PNG.png").is_file()
+
+
+def test_boxes_can_be_hidden_and_pictures_be_of_evidence(small, small_folder, tmp_path, capsys):
+    cat = PHOTOS / "cat.jpg"
+    boxes = {"hide": [(0, 0, 150, 150), (200, 150, 100, 150)], "attend": (0, 0, 300, 300)}
+    given = ["--hide", "0,0,150,150", "--hide", "200,150,100,150", "--attend", "0,0,300,300", "--heatmaps", tmp_path]
+    expected = small.caption(cat, max_length=6, evidence=True, **boxes)
+    assert 0 < expected.mask.sum() < 4
+    everywhere = small.caption(cat, max_length=6, evidence=True)
+    for of in ("attention", "evidence"):
+        assert run(small_folder, cat, *given, "--heatmaps-of", of) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+        with Image.open(tmp_path / "cat.jpg.png") as picture:
+            shown = np.asarray(picture).astype(int)
+        assert np.abs(shown - np.asarray(expected.figure(of=of))).max() <= 2
+        assert np.abs(shown - np.asarray(everywhere.figure(of=of))).max() > 20
+
+
+def test_a_box_that_cannot_be_used_is_one_sentence(small_folder, capsys):
+    cat = PHOTOS / "cat.jpg"
+    with pytest.raises(SystemExit, match="2"):
+        run(small_folder, cat, "--hide", "1,2,3")
+    assert "--hide: must be four numbers with commas between them, not '1,2,3'" in capsys.readouterr().err
+    assert run(small_folder, cat, "--hide", "0,0,-5,5") == 2
+    assert capsys.readouterr().err.startswith("captioner: hide must be a Boolean grid of 2 x 3 regions, or boxes")
+    assert run(small_folder, cat, "--hide", "0,0,9999,9999") == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"captioner: {cat}: hide and attend leave attention none of the 2 x 3 regions\n")
 
 
 def test_a_full_disk_behind_stdout_is_one_sentence(small_folder):

@@ -6,6 +6,7 @@ from PIL import Image, ImageSequence
 
 from captioner.heatmap import (
     ANCHORS,
+    amount,
     animation,
     colour_table,
     figure,
@@ -155,6 +156,27 @@ def test_the_legend_shows_the_colours_from_none_to_the_top_and_marks_an_even_map
     assert mark.mean() == pytest.approx(bar[0] + len(bar) / 6, abs=2)
     without = np.asarray(legend(300, 20, regions=24, top=None))
     assert not (without[0] == 0).all(axis=1).any()
+
+
+def test_evidence_is_in_nats_and_has_no_even_map_to_mark():
+    assert (amount(0.25, 24), amount(1.234, 24, "evidence")) == ("6.0x", "1.23")
+    weights, nats = (np.asarray(legend(300, 20, 24, 0.25, of=of)) for of in ("attention", "evidence"))
+    assert (weights[0] == 0).all(axis=1).any()
+    assert not (nats[0] == 0).all(axis=1).any()
+    assert weights.tobytes() != nats.tobytes()
+    with pytest.raises(ValueError, match="no maps of 'scent'; choose attention or evidence"):
+        figure(PHOTO, WORDS, np.ones((3, 4, 6)), of="scent")
+
+
+def test_a_word_without_evidence_is_dark_on_every_scale():
+    evidence = np.stack([one_hot(0, 0), np.zeros((4, 6), np.float32)])
+    assert upsample(evidence[1], (120, 80), largest=0.0).tolist() == np.zeros((80, 120)).tolist()
+    for scale in ("caption", "word"):
+        whole = figure(PHOTO, WORDS[:2], evidence, scale=scale, of="evidence", tile=120, columns=3)
+        dark = np.asarray(whole.crop((246, 14, 366, 94)))
+        assert (dark == dark[0, 0]).all()
+        assert dark[0, 0, 0] < 90
+    assert len(animation(PHOTO, WORDS[:2], 0 * evidence, of="evidence")) == 2
 
 
 def test_long_captions_wrap_into_rows_of_a_readable_width():

@@ -37,19 +37,23 @@ def test_the_halves_are_the_middles_of_the_photographs():
 
 
 class Pointer:
-    """A captioner that says where a red dog and a green person are, and looks there or at the other half."""
+    """A captioner that says where a red dog and a green person are, and looks there or at the other half.
+
+    Its evidence, where it is asked for, lies on the half where it does not look, and there is none for "the".
+    """
 
     def __init__(self, right_place: bool) -> None:
         self.right_place = right_place
 
-    def stream(self, pictures, alternatives):
+    def stream(self, pictures, alternatives, evidence):
         for picture in pictures:
             dog_at_left = picture.getpixel((5, 5))[0] > 128
             maps = np.zeros((3, 4, 4), np.float32)
             maps[0] = 1 / 16
             for place, at_left in ((1, dog_at_left), (2, not dog_at_left)):
                 maps[place, :, 0 if at_left == self.right_place else 3] = 0.25
-            yield Caption(("the", "dog", "man"), (0.0,) * 4, maps, picture)
+            falls = 2 * np.flip(maps, axis=2) * [[[0]], [[1]], [[1]]] if evidence else None
+            yield Caption(("the", "dog", "man"), (0.0,) * 4, maps, picture, evidence=falls)
 
 
 @pytest.fixture
@@ -70,6 +74,15 @@ def test_a_model_that_points_right_is_distinguished_from_one_that_points_wrong(i
     assert wrong.weight < 0.2
     # One map in three is even over 16 regions, the others over 4.
     assert right.entropy == pytest.approx((np.log(16) + 2 * np.log(4)) / 3 / np.log(16))
+
+
+def test_maps_of_evidence_are_measured_as_those_of_attention(items):
+    wrong, right = (pointing.check_pointing(Pointer(place), items, pairs=20, of="evidence") for place in (True, False))
+    assert (right.words, right.hits, wrong.hits) == (40, 1.0, 0.0)
+    assert right.weight > 0.8
+    assert wrong.weight < 0.2
+    assert right.entropy == pytest.approx(np.log(4) / np.log(16))  # of the maps that are not zero
+    assert pointing.left_share(np.zeros((4, 4)), (0.0, 0.0)) == 0.5
 
 
 def test_pairs_with_a_photograph_that_cannot_be_read_are_left_out(items, caplog):
@@ -97,6 +110,8 @@ def test_the_command_line_prints_the_shares_of_each_data_set(captions, monkeypat
     assert [line.partition(":")[0] for line in lines] == ["captions", "again"]
     assert "100% of 40 words" in lines[0]
     assert "entropy 67% of its maximum" in lines[0]
+    assert pointing.main([*data, "--pairs", "20", "--of", "evidence"]) == 0
+    assert capsys.readouterr().out.startswith("captions: 0% of 40 words")
 
 
 def test_the_command_line_names_what_it_cannot_check_and_goes_on(captions, items, tmp_path, monkeypatch, capsys):
@@ -117,7 +132,7 @@ def test_photographs_of_one_thing_alone_are_refused(items):
 
 def test_captions_that_name_neither_thing_are_refused(items):
     silent = Pointer(True)
-    silent.stream = lambda pictures, alternatives: (
+    silent.stream = lambda pictures, alternatives, evidence: (
         Caption(("hm",), (0.0, 0.0), np.full((1, 2, 2), 0.25, np.float32), picture) for picture in pictures
     )
     with pytest.raises(ValueError, match="none of 3 captions"):

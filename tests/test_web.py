@@ -7,6 +7,7 @@ import http.server
 import io
 import itertools
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -60,7 +61,7 @@ def runtime() -> bytes:
     try:
         return web.read_runtime()
     except OSError as error:
-        pytest.skip(f"needs npm's registry, once: {error}")
+        pytest.skip(f"needs npm, once: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -387,36 +388,39 @@ PACKAGE = b"a package"
 
 
 @pytest.fixture
-def registry(serve, tmp_path, monkeypatch):
-    """A registry that has something else under the name of the package; an empty cache."""
-    path = tmp_path / "registry" / "onnxruntime-web" / "-" / web.RUNTIME
-    path.parent.mkdir(parents=True)
+def package(tmp_path, monkeypatch):
+    """What npm fetches is this file, with something else in it than the real package; the cache is empty."""
+    path = tmp_path / "package.tgz"
     path.write_bytes(PACKAGE)
-    monkeypatch.setenv("npm_config_registry", serve(tmp_path / "registry"))
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text(f'#!/bin/sh\n[ "$1 $2" = "pack {web.RUNTIME_PACKAGE}" ] && cp {path} "$4/{web.RUNTIME}"\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return path
 
 
-def test_the_runtime_is_fetched_once(registry, monkeypatch):
+def test_the_runtime_is_fetched_once(package, monkeypatch):
     monkeypatch.setattr(web, "RUNTIME_SHA512", base64.b64encode(hashlib.sha512(PACKAGE).digest()).decode())
     assert web.read_runtime() == PACKAGE
-    registry.unlink()
+    package.unlink()
     assert web.read_runtime() == PACKAGE
 
 
-def test_a_package_that_is_not_the_one_that_is_pinned_is_refused(registry, tmp_path, capsys):
-    for options in ([], ["--onnxruntime-web", str(registry)]):
+def test_a_package_that_is_not_the_one_that_is_pinned_is_refused(package, tmp_path, capsys):
+    for options in ([], ["--onnxruntime-web", str(package)]):
         assert cli.export(["small", "--web", str(tmp_path / "site"), *options]) == 2
         assert "another checksum" in capsys.readouterr().err
     assert not (tmp_path / "site").exists()
     assert not (tmp_path / "cache").exists()
 
 
-def test_without_the_registry_the_command_says_what_to_do(registry, tmp_path, capsys):
-    registry.unlink()
+def test_where_npm_fails_the_command_says_what_to_do(package, tmp_path, capsys):
+    package.unlink()
     assert cli.export(["small", "--web", str(tmp_path / "site")]) == 2
     assert "--onnxruntime-web" in capsys.readouterr().err
-    assert cli.export(["small", "--web", str(tmp_path / "site"), "--onnxruntime-web", str(registry)]) == 2
+    assert cli.export(["small", "--web", str(tmp_path / "site"), "--onnxruntime-web", str(package)]) == 2
     assert "No such file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.export(["small", "--onnxruntime-web", str(registry)])
+        cli.export(["small", "--onnxruntime-web", str(package)])

@@ -1,8 +1,8 @@
-"""Measure whether attention points at what a word names, on pictures where its place is known:
-`python -m training.pointing --model runs/flickr8k --data flickr8k=data/flickr8k`.
+"""Measure whether maps point at what a word names, on pictures where its place is known:
+`python -m training.pointing --model runs/flickr8k --data flickr8k=data/flickr8k --of evidence`.
 
 Two photographs are placed side by side in one picture. A thing that only one of them shows is in one half of the
-picture, so the attention map of its word should lie on that half. Chance is one half of the weight.
+picture, so the map of its word, of attention or of evidence, should lie on that half. Chance is one half of the weight.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from captioner.api import Captioner
 from captioner.captions import Caption
 from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
-from captioner.heatmap import upsample
+from captioner.heatmap import KINDS, upsample
 from captioner.images import ImageError, load_image
 from captioner.pretrained import DEFAULT_MODEL
 
@@ -48,9 +48,9 @@ class Pointing:
     """The result of the check.
 
     words: number of words whose maps were measured.
-    weight: mean share of a map's weight on the half that shows the thing; 0.5 by chance.
+    weight: mean share of a map's weight on the half that shows the thing; 0.5 by chance, and for a map without any.
     hits: share of maps with more than half of their weight there; 0.5 by chance.
-    entropy: mean entropy of the maps of all generated words, as a share of its maximum.
+    entropy: mean entropy of the maps of all generated words, each with a sum of 1, as a share of its maximum.
     """
 
     words: int
@@ -65,7 +65,9 @@ class Pointing:
         )
 
 
-def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs: int = 200, seed: int = 0) -> Pointing:
+def check_pointing(
+    captioner: Captioner, items: Sequence[CaptionedImage], pairs: int = 200, seed: int = 0, of: str = "attention"
+) -> Pointing:
     """Caption pairs of photographs placed side by side, and measure on which half the maps of the words lie.
 
     Only words that the model generates are measured: a decoder attends before it chooses a word, so the map of a word
@@ -76,6 +78,7 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
         items: photographs with people's captions.
         pairs: number of pictures to compose.
         seed: decides which photographs are paired.
+        of: which maps to measure, "attention" or "evidence".
 
     Raises:
         ValueError: the photographs do not make pairs of different things, or no caption named one of them. Pairs with
@@ -104,10 +107,11 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
                 shown.append(both)
                 yield side_by_side(left, right)
 
-    captions = [result for result in captioner.stream(pictures(), alternatives=0) if isinstance(result, Caption)]
+    results = captioner.stream(pictures(), alternatives=0, evidence=of == "evidence")
+    captions = [result for result in results if isinstance(result, Caption)]
     shares = []
     for (left_thing, right_thing), caption in zip(shown, captions, strict=True):
-        for word, weights in zip(caption.words, caption.attention, strict=True):
+        for word, weights in zip(caption.words, caption.maps(of=of), strict=True):
             on_the_left = left_share(weights, caption.displacement)
             if word in THINGS[left_thing]:
                 shares.append(on_the_left)
@@ -116,7 +120,12 @@ def check_pointing(captioner: Captioner, items: Sequence[CaptionedImage], pairs:
     if not shares:
         raise ValueError(f"none of {len(captions)} captions named what is in the picture")
     hits = float(np.mean([share > 0.5 for share in shares]))
-    return Pointing(len(shares), float(np.mean(shares)), hits, attention_entropy(all_maps(captions))[1])
+    maps = all_maps(captions)
+    if of == "evidence":
+        falls = np.concatenate([caption.maps(of=of) for caption in captions])
+        falls = falls[falls.any(axis=(1, 2))]
+        maps = [falls / falls.sum(axis=(1, 2), keepdims=True)]
+    return Pointing(len(shares), float(np.mean(shares)), hits, attention_entropy(maps)[1])
 
 
 def only_thing(captions: Sequence[str]) -> str | None:
@@ -141,7 +150,9 @@ def side_by_side(left: Image.Image, right: Image.Image, size: int = 224) -> Imag
 
 
 def left_share(weights: np.ndarray, displacement: tuple[float, float]) -> float:
-    """The share of a map's weight on the left half of the picture, upsampled as for heatmaps."""
+    """The share of a map's weight on the left half of the picture, upsampled as for heatmaps; 0.5 without any."""
+    if not weights.any():
+        return 0.5
     lit = upsample(weights, (64, 64), displacement)
     return float(lit[:, :32].sum() / lit.sum())
 
@@ -150,13 +161,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     parser = argparse.ArgumentParser(
         prog=command("pointing"),
-        description="Place photographs side by side and measure on which of them the attention map of a word lies.",
+        description="Place photographs side by side and measure on which of them the map of a word lies.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
     add_data_flag(parser)
     parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of the data sets")
     parser.add_argument("--pairs", type=positive, default=200, help="pictures to compose from each data set")
+    parser.add_argument("--of", default="attention", choices=KINDS, help="which maps to measure")
     parser.add_argument("--seed", type=int, default=0, help="decides which photographs are paired")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     options = parser.parse_args(arguments)
@@ -170,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = False
     for name, items in sets.items():
         try:
-            print(f"{name}: {check_pointing(captioner, items, options.pairs, options.seed)}")
+            print(f"{name}: {check_pointing(captioner, items, options.pairs, options.seed, options.of)}")
         except ValueError as error:
             log.error("error: %s: %s", name, error)
             failed = True

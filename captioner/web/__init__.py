@@ -7,8 +7,9 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
-import urllib.request
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -19,10 +20,9 @@ from captioner.modelfile import MODEL_FILE, ModelDescription, opened, save_model
 from captioner.search import BEAM_SIZE, BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH
 
 FILES = Path(__file__).parent  # of the page; some are also the demo's
-RUNTIME = "onnxruntime-web-1.30.0.tgz"
+RUNTIME_PACKAGE, RUNTIME = "onnxruntime-web@1.30.0", "onnxruntime-web-1.30.0.tgz"
 RUNTIME_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # from npm
-REGISTRY = "https://registry.npmjs.org"
-TIMEOUT = 60  # seconds without an answer of the registry
+TIMEOUT = 300  # seconds for npm to fetch it
 
 
 def write_page(model: Path, folder: Path, runtime: bytes) -> None:
@@ -105,26 +105,26 @@ def write_runtime(runtime: bytes, folder: Path) -> None:
 def read_runtime(path: Path | None = None) -> bytes:
     """The package onnxruntime-web of npm, in the version that the page is written for.
 
-    It is fetched from the registry once, and kept in the user's cache folder. The environment variable
-    `npm_config_registry` names another registry, as it does for npm.
+    The program `npm` fetches it once; it is kept in the user's cache folder.
 
     Args:
         path: the package's file, as `npm pack` gives it; None to fetch it.
 
     Raises:
-        OSError: the file or the registry cannot be read.
+        OSError: the file cannot be read, or npm is not installed or cannot fetch it.
         ValueError: it is not that version.
     """
     cached = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner" / RUNTIME
     if path or cached.is_file():
         return checked((path or cached).read_bytes(), str(path or cached))
-    registry = os.environ.get("npm_config_registry") or REGISTRY  # noqa: SIM112  # npm's own name
-    address = f"{registry.rstrip('/')}/onnxruntime-web/-/{RUNTIME}"
-    try:
-        with urllib.request.urlopen(address, timeout=TIMEOUT) as answer:
-            data = checked(answer.read(), address)
-    except OSError as error:
-        raise OSError(f"cannot fetch {address}: {error}; give its file with --onnxruntime-web") from error
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["npm", "pack", RUNTIME_PACKAGE, "--pack-destination", folder]
+        try:
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+        except (OSError, subprocess.SubprocessError) as error:
+            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+            raise OSError(f"npm pack {RUNTIME_PACKAGE}: {reason}; give its file with --onnxruntime-web") from error
+        data = checked((Path(folder) / RUNTIME).read_bytes(), RUNTIME_PACKAGE)
     cached.parent.mkdir(parents=True, exist_ok=True)
     with replacing(cached) as temporary:
         temporary.write_bytes(data)
