@@ -33,8 +33,9 @@ from PIL import Image
 from captioner import Captioner
 from captioner.cli import positive
 from captioner.pretrained import DEFAULT_MODEL
+from captioner.web import FILES
 
-SAMPLES = Path(__file__).parent / "assets" / "samples"
+SAMPLES = FILES / "samples"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from captioner.heatmap import ANCHORS, colour_table
+from captioner.web import FILES
 
 from .guard import Page
 from .handlers import BATCH, Handlers
@@ -95,7 +96,9 @@ def one_photo(names: list[str], samples: Path | None) -> OnePhoto:
                 settings = setting_inputs()
         with gr.Column(scale=3, min_width=300):
             tables = {name: colour_table(name).astype(int).tolist() for name in ANCHORS}
-            viewer = custom_html("viewer", 'class="viewer" aria-live="polite"', tables=tables, map_size=MAP_SIZE)
+            viewer = custom_html(
+                FILES / "viewer", 'class="viewer" aria-live="polite"', tables=tables, map_size=MAP_SIZE
+            )
     return OnePhoto(photo, models, settings, viewer)
 
 
@@ -168,7 +171,7 @@ def how_it_works() -> gr.HTML:
         "into weights that sum to 1, and the decoder reads the weighted sum of the regions. Move the slider to go "
         "through the words."
     )
-    return custom_html("steps", 'class="steps"')
+    return custom_html(ASSETS / "steps", 'class="steps"')
 
 
 def add_api(handlers: Handlers, concurrency: int) -> None:
@@ -206,13 +209,13 @@ def add_api(handlers: Handlers, concurrency: int) -> None:
     )
 
 
-def custom_html(name: str, attributes: str, **props: Any) -> gr.HTML:
-    """A component that the script and the style sheet of that name in `assets` draw."""
+def custom_html(path: Path, attributes: str, **props: Any) -> gr.HTML:
+    """A component that the script and the style sheet of that path draw, which is given without their endings."""
     return gr.HTML(
         html_template=f"<div {attributes}></div>",
-        css_template=(ASSETS / f"{name}.css").read_text("utf-8"),
-        js_on_load=(ASSETS / f"{name}.js").read_text("utf-8"),
-        elem_id=name,
+        css_template=path.with_suffix(".css").read_text("utf-8"),
+        js_on_load=path.with_suffix(".js").read_text("utf-8"),
+        elem_id=path.name,
         **props,
     )
 

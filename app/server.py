@@ -17,6 +17,7 @@ from gradio.utils import get_upload_folder
 from starlette.routing import Mount
 
 from captioner import Captioner
+from captioner.web import FILES
 
 from .auth import Passwords
 from .guard import Gate, Page
@@ -25,8 +26,8 @@ from .page import CSS, KEEP_SECONDS, THEME, build
 from .service import Service
 from .uploads import Uploads
 
-SAMPLES = Path(__file__).parent / "assets" / "samples"
-FAVICON = Path(__file__).parent / "assets" / "favicon.svg"
+SAMPLES = FILES / "samples"
+FAVICON = FILES / "favicon.svg"
 GRACE_SECONDS = 3  # for which running requests go on when the server is told to stop
 STOPPED = "The server was stopped before this request was answered: send it again."
 SESSIONS = 256  # pages whose last values are kept; Gradio's default of 10,000 would fill the memory

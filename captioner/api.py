@@ -353,7 +353,7 @@ class Captioner:
             keep_annotations: see `caption`.
             evidence_window: see `caption`; None to measure no evidence.
         """
-        annotations = self.annotate(photos)
+        annotations = self.engine.annotate(self.preprocessing([photo.pixels for photo in photos]))
         masks = [photo.mask.ravel() for photo in photos if photo.mask is not None]
         mask = np.stack(masks) if masks else None  # all photographs have one, or none has
         found = search(annotations, None if mask is None else self.engine.array(mask))
@@ -362,10 +362,6 @@ class Captioner:
             grid, words = self.config.grid, found.words[:, 0]
             evidence = measure_evidence(self.engine, annotations, words, grid, evidence_window, mask)
         return self.read(found, photos, alternatives, distribution, annotations if keep_annotations else None, evidence)
-
-    def annotate(self, photos: Sequence[Photo]) -> Array:
-        """The annotation vectors of photographs, (batch, regions, channels)."""
-        return self.engine.annotate(self.preprocessing([photo.pixels for photo in photos]))
 
     def teacher_forced(
         self,

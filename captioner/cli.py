@@ -68,18 +68,37 @@ def export(arguments: Sequence[str] | None = None) -> int:
     """Run the command `captioner-export`. Returns its exit status: 0, or 2 where the model cannot be exported."""
     parser = argparse.ArgumentParser(
         "captioner-export",
-        description="Write the graphs of a model into its file. With them ONNX Runtime captions without torch.",
+        description="Write the graphs of a model into its file. With them ONNX Runtime captions without torch. "
+        "With --web, write a page that captions inside the browser instead.",
     )
     parser.add_argument("model", help="a model in the package, a .safetensors file, or a folder with one")
+    parser.add_argument(
+        "--web",
+        metavar="DIR",
+        help="write the page with the model there, for any web server, and leave the model's file as it is",
+    )
+    parser.add_argument(
+        "--onnxruntime-web",
+        metavar="FILE",
+        help="with --web: npm's package of that name, instead of fetching it with npm",
+    )
     options = parser.parse_args(arguments)
+    if options.onnxruntime_web and not options.web:
+        parser.error("--onnxruntime-web is for --web")
     from captioner.api import find_model
     from captioner.modelfile import CheckpointError, model_file
 
     try:
-        from captioner.network.export import export_file
+        file = model_file(find_model(options.model))
+        if options.web:
+            from captioner.web import read_runtime, write_page
 
-        export_file(model_file(find_model(options.model)))
-    except (CheckpointError, ImportError) as error:
+            write_page(file, Path(options.web), read_runtime(options.onnxruntime_web and Path(options.onnxruntime_web)))
+        else:
+            from captioner.network.export import export_file
+
+            export_file(file)
+    except (CheckpointError, ImportError, OSError, ValueError) as error:
         report(f"captioner-export: {error}")
         return 2
     return 0

@@ -1,5 +1,7 @@
 // The photo, the words of its caption, and the map of the word under the pointer. All maps are in the value already:
-// pointing at a word asks nothing of the server.
+// pointing at a word asks nothing of the network. This is the body of a function of `element`, the component on the page,
+// `props`, its properties, and `watch(name, callback)`, which calls back when a property changes; for the demo's page it
+// is Gradio that calls it.
 const view = { strength: 0.65, colours: "inferno", head: 0, scale: "caption" };
 
 function make(tag, attributes = {}, ...children) {
