@@ -2,13 +2,19 @@
 
 import operator
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypedDict, Union
+from typing import NamedTuple, Protocol, TypedDict
 
-if TYPE_CHECKING:
-    import numpy as np
+
+class Grid(Protocol):
+    """A Boolean array (rows, columns). NumPy is not imported here."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+
 
 # Some regions of a picture: a Boolean grid (rows, columns), or one box or several (left, top, width, height) in pixels.
-Regions = Union["np.ndarray", Sequence[Sequence[bool]], Sequence[float], Sequence[Sequence[float]]]
+Regions = Grid | Sequence[Sequence[bool]] | Sequence[float] | Sequence[Sequence[float]]
 
 
 class Options(TypedDict, total=False):
