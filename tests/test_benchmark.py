@@ -51,6 +51,7 @@ def test_the_command_prints_its_figures_and_writes_them(small, tmp_path, capsys)
     few = ["--images", "2", "--repeats", "1", "--photographs", "1"]
     assert benchmark.main(["--model", str(tmp_path / "model"), *few, "--output", str(output)]) == 0
     figures = json.loads(output.read_text())
+    assert figures["one photograph: torch / default engine"] > 0
     assert len(figures) == len(capsys.readouterr().out.strip().splitlines())
     assert figures["rate of a stream of files / of pictures in memory"] > 0
 

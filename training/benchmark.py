@@ -10,6 +10,7 @@ if reading files takes no additional time.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -26,14 +27,18 @@ from torch import Tensor, nn
 
 from captioner.api import Captioner
 from captioner.checkpoint import CheckpointError
+from captioner.images import load_image
 from captioner.network.decoder import AttentionLSTM, State
 from captioner.network.model import ShowAttendTell
 from captioner.pretrained import DEFAULT_MODEL
 from captioner.search import allowed, beam_search
 from captioner.vocabulary import END, PAD, START
+from captioner.web import FILES
 
 from . import command
 from .losses import caption_loss
+
+SAMPLES = FILES / "samples"
 
 
 def tutorial_step(decoder: AttentionLSTM, annotations: Tensor, state: State, words: Tensor) -> tuple[Tensor, State]:
@@ -200,6 +205,39 @@ def benchmark(captioner: Captioner, images: int = 32, rows: int = 5, repeats: in
     }
 
 
+def library_benchmark(
+    captioner: Captioner, in_torch: Captioner, photographs: Sequence[Path], repeats: int = 5
+) -> dict[str, float]:
+    """Measure captions of photographs in files by the engine that users get, and by torch in the same run.
+
+    Args:
+        captioner: the model with its default engine.
+        in_torch: the same model with torch.
+        photographs: the files; the first one is also captioned alone.
+        repeats: number of runs of each measurement, of which the median is taken.
+
+    Returns:
+        Measurements by name; an encoder pass is that of the default engine, without reading and resizing.
+    """
+    paths = list(map(str, photographs))
+    pixels = captioner.preprocessing([load_image(path) for path in paths])
+    engine = captioner.engine
+    encoder_one = seconds(lambda: engine.annotate(pixels[:1]), repeats)
+    encoder_all = seconds(lambda: engine.annotate(pixels), repeats)
+    one = seconds(lambda: captioner.caption(paths[0]), repeats)
+    one_torch = seconds(lambda: in_torch.caption(paths[0]), repeats)
+    every = seconds(lambda: captioner.caption(paths), repeats)
+    every_torch = seconds(lambda: in_torch.caption(paths), repeats)
+    return {
+        "one photograph from its file to a caption / encoder pass": one / encoder_one,
+        f"{len(paths)} photographs from files to captions / encoder pass": every / encoder_all,
+        "one photograph: torch / default engine": one_torch / one,
+        f"{len(paths)} photographs: torch / default engine": every_torch / every,
+        "milliseconds: one photograph from its file to a caption": 1000 * one,
+        "photographs a second: from files to captions": len(paths) / every,
+    }
+
+
 def stream_benchmark(
     captioner: Captioner, photographs: int = 16, size: tuple[int, int] = (4000, 3000), repeats: int = 3
 ) -> dict[str, float]:
@@ -264,8 +302,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures there")
     options = parser.parse_args(arguments)
     try:
-        captioner = Captioner.from_pretrained(options.model, options.device, engine="torch")
-        figures = benchmark(captioner, options.images, repeats=options.repeats)
+        captioner = Captioner.from_pretrained(options.model, options.device)
+        in_torch = Captioner.from_pretrained(options.model, options.device, engine="torch")
+        samples = itertools.islice(itertools.cycle(sorted(SAMPLES.glob("*.jpg"))), options.images)
+        figures = library_benchmark(captioner, in_torch, list(samples), options.repeats)
+        figures |= benchmark(in_torch, options.images, repeats=options.repeats)
         if options.photographs:
             figures |= stream_benchmark(captioner, options.photographs, repeats=options.repeats)
     except (CheckpointError, ValueError) as error:
