@@ -122,10 +122,10 @@ def test_what_the_sources_raise_comes_after_the_results_before_it(small, files):
 
 
 def test_a_network_that_fails_leaves_no_thread(small, files, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(Captioner, "annotate", fail)
+    monkeypatch.setattr(Captioner, "caption_photos", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(small.stream(files, batch_size=4))
     assert readers() == []
