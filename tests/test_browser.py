@@ -240,7 +240,7 @@ def test_two_models_side_by_side_and_one_head_at_a_time(open_page):
     page.locator("#viewer .head").select_option("2")
     assert canvas.evaluate("canvas => canvas.toDataURL()") != before
     notes = page.locator("#viewer .legend .note > span")
-    assert [text.rpartition("/")[2] for text in notes.all_inner_texts()] == ["81", "6"]
+    assert [text.rpartition("/")[2] for text in notes.all_inner_texts()] == ["64", "6"]
     page.get_by_label("Scale").first.select_option("word")
     assert [page.get_by_label("Scale").nth(number).input_value() for number in range(2)] == ["word", "word"]
 
