@@ -208,6 +208,8 @@ def open_session(graph: Graph, weights: Callable[[str], np.ndarray]) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()
+    # The three sessions of an engine take turns: threads of one that wait by spinning would take the cores of the next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Without this a graph could ask for any file of the machine as its weights.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
