@@ -18,7 +18,15 @@ from captioner.captions import Caption
 from captioner.engine import Engine, OnnxEngine
 from captioner.hiding import EVIDENCE_WINDOW, check_regions, check_window, measure_evidence, usable_regions
 from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe
-from captioner.modelfile import MODEL_FILE, CheckpointError, ModelDescription, model_file, opened, save_model
+from captioner.modelfile import (
+    MODEL_FILE,
+    CheckpointError,
+    ModelDescription,
+    model_file,
+    opened,
+    read_model,
+    save_model,
+)
 from captioner.options import Options, Regions, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.reading import Photo, read_batches, read_photo
@@ -142,10 +150,9 @@ class Captioner:
         """
         description = ModelDescription(self.config, self.vocabulary, self.preprocessing, self.about, self.graphs)
         if self.file:
-            with opened(self.file) as file:
-                if ModelDescription.from_metadata(file.metadata() or {}, self.file) != description:
-                    raise CheckpointError(f"{self.file} holds another model now than when it was loaded")
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found, weights = read_model(self.file)
+            if found != description:
+                raise CheckpointError(f"{self.file} holds another model now than when it was loaded")
         else:
             weights = {name: to_numpy(tensor) for name, tensor in self.model.state_dict().items()}
         save_model(path, description, weights, half)

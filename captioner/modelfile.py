@@ -118,6 +118,17 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
+def read_model(path: Path) -> tuple[ModelDescription, dict[str, np.ndarray]]:
+    """All that a model's file holds: the description and the weights by name, as they are stored.
+
+    Raises:
+        CheckpointError: there is no model of this format.
+    """
+    with opened(path) as file:
+        description = ModelDescription.from_metadata(file.metadata() or {}, path)
+        return description, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 @contextlib.contextmanager
 def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
     """A safetensors file, open; nothing but its header is read yet.
@@ -181,13 +192,11 @@ def save_model(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            try:
-                save_file(weights, temporary, description.to_metadata())
-            except SafetensorError as error:
-                raise OSError(str(error)) from error
-    except OSError as error:
+            save_file(weights, temporary, description.to_metadata())
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"cannot save the model in {path}: {error.strerror or error}; what was there before is untouched"
+            f"cannot save the model in {path}: {reason}; what was there before is untouched"
         ) from error
 
 

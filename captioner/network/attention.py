@@ -60,6 +60,7 @@ class Attention(nn.Module):
     Attributes:
         name: in configurations and on the command line.
         heads: number of maps of each word.
+        shows_scores: whether `Attended.scores` has the scores, so that people can be shown them.
         linear: names of the parameters in which the scores are linear; see `sharpen`.
         draws_regions: whether it draws regions at random in training. Then `Attended.drawn` has them, and
             `extra_loss` is given the moving average of the words' log-probabilities as its baseline.
@@ -68,6 +69,7 @@ class Attention(nn.Module):
     name: ClassVar[str]
     linear: ClassVar[tuple[str, ...] | None] = None
     heads = 1
+    shows_scores = True
     draws_regions = False
 
     def __init__(self, channels: int, hidden_size: int, attention_size: int) -> None:
@@ -129,7 +131,7 @@ class Attention(nn.Module):
         """
         scores = self.scores(hidden, keys)
         alpha = masked_scores(scores, mask).softmax(dim=-1)
-        return Attended(alpha @ annotations, alpha.unsqueeze(2), scores=scores)
+        return Attended(alpha @ annotations, alpha.unsqueeze(2), scores=scores if self.shows_scores else None)
 
 
 MECHANISMS: dict[str, type[Attention]] = {}
@@ -158,7 +160,8 @@ class NoAttention(Attention):
     """alpha_i = 1 / L: every word sees the mean annotation vector. The baseline that shows what attention adds."""
 
     name = "none"
-    linear = ()  # all scores are equal
+    linear = ()
+    shows_scores = False  # all are equal
 
     def keys(self, annotations: Tensor) -> Tensor:
         """Nothing to compare with: (images, regions, 0)."""
@@ -167,17 +170,6 @@ class NoAttention(Attention):
     def scores(self, hidden: Tensor, keys: Tensor) -> Tensor:
         """Zero for every region, (images, rows, regions)."""
         return hidden.new_zeros(*hidden.shape[:2], keys.shape[1])
-
-    def forward(
-        self,
-        hidden: Tensor,
-        keys: Tensor,
-        annotations: Tensor,
-        mask: Tensor | None = None,
-        drawn: Tensor | None = None,
-    ) -> Attended:
-        """See `Attention.forward`."""
-        return super().forward(hidden, keys, annotations, mask)._replace(scores=None)
 
 
 @register

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from captioner.config import ModelConfig
 from captioner.engine import Graph, Graphs, digest_of
-from captioner.modelfile import ModelDescription, opened, save_model
+from captioner.modelfile import read_model, save_model
 from captioner.network.decoder import AttentionLSTM, Memory
 from captioner.network.model import ShowAttendTell
 from captioner.network.transformer import TransformerDecoder
@@ -174,8 +174,6 @@ def export_file(path: Path) -> None:
         CheckpointError: there is no model, or the file cannot be written.
         ImportError: the package `onnx` is missing.
     """
-    with opened(path) as file:
-        description = ModelDescription.from_metadata(file.metadata() or {}, path)
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    description, weights = read_model(path)
     graphs = export_graphs(description.config, description.preprocessing.size)
     save_model(path, dataclasses.replace(description, graphs=graphs), weights)

@@ -16,7 +16,7 @@ from pathlib import Path
 from captioner.engine import Graph
 from captioner.files import replacing
 from captioner.heatmap import ANCHORS, colour_table
-from captioner.modelfile import MODEL_FILE, ModelDescription, opened, save_model
+from captioner.modelfile import MODEL_FILE, read_model, save_model
 from captioner.search import BEAM_SIZE, BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH
 
 FILES = Path(__file__).parent  # of the page; some are also the demo's
@@ -41,9 +41,7 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
         ImportError: a package for graphs is missing.
         OSError: a file cannot be written.
     """
-    with opened(model) as file:
-        description = ModelDescription.from_metadata(file.metadata() or {}, model)
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    description, weights = read_model(model)
     graphs = description.graphs
     if graphs is None:
         from captioner.network.export import export_graphs
