@@ -143,6 +143,22 @@ def test_drawn_pictures_are_learnt_by_heart(options, tmp_path, root):
     assert sum(correct) >= 10
 
 
+class Saves:
+    """Counts how often the state of a run has been saved, over all its processes."""
+
+    def __init__(self, output):
+        self.path, self.count, self.written = output / state.STATE, 0, None
+
+    def wait(self, process, part, chance):
+        """Wait for a random one of the 24 saves of a run, in one of six parts, and a moment more."""
+        wanted = 4 * part + chance.randrange(4)
+        while self.count < wanted and process.is_alive():
+            if (now := modified(self.path)) != self.written:
+                self.written, self.count = now, self.count + 1
+            time.sleep(0.002)
+        process.join(chance.uniform(0, 0.2 if wanted else 2))
+
+
 # How often the test below kills a run; CAPTIONER_KILLS=30 is a longer trial.
 KILLS = int(os.environ.get("CAPTIONER_KILLS", "6"))
 
@@ -154,16 +170,12 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_as_if_it_had_not_been(option
     chance = random.Random(seed)
     killed = runs = 0
     while killed < KILLS:
-        output, runs, saves, written = tmp_path / f"run{runs}", runs + 1, 0, None
+        output, runs = tmp_path / f"run{runs}", runs + 1
+        saves = Saves(output)
         arguments = [*options, *STAGES, "--output", str(output), "--workers", "0", "--resume"]
         for part in range(min(6, KILLS - killed)):
             process = tiny.start(arguments)
-            wanted = 4 * part + chance.randrange(4)  # of 24 saves: one a step and one an epoch
-            while saves < wanted and process.is_alive():
-                if (now := modified(output / state.STATE)) != written:
-                    written, saves = now, saves + 1
-                time.sleep(0.002)
-            process.join(chance.uniform(0, 0.2 if wanted else 2))
+            saves.wait(process, part, chance)
             process.kill()
             process.join()
             if process.exitcode == 0:
@@ -209,17 +221,13 @@ def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_i
     chance, errors = random.Random(FULL_DISKS), tmp_path / "errors"
     filled = runs = 0
     while filled < FULL_DISKS:
-        output, runs, saves, written = disk / f"run{runs}", runs + 1, 0, None
+        output, runs = disk / f"run{runs}", runs + 1
+        saves = Saves(output)
         arguments = [*options, "--cache", str(disk / f"cache{runs}"), *STAGES, "--workers", "0"]
         arguments += ["--output", str(output), "--resume"]
         for part in range(min(6, FULL_DISKS - filled)):
             process = tiny.start(arguments, errors=errors)
-            wanted = 4 * part + chance.randrange(4)  # of 24 saves: one a step and one an epoch
-            while saves < wanted and process.is_alive():
-                if (now := modified(output / state.STATE)) != written:
-                    written, saves = now, saves + 1
-                time.sleep(0.002)
-            process.join(chance.uniform(0, 0.2 if wanted else 2))
+            saves.wait(process, part, chance)
             filler = fill(disk, chance.choice([0, chance.randrange(2**15), chance.randrange(2**24)]))
             process.join(600)
             if process.exitcode == 0:
@@ -229,7 +237,7 @@ def test_a_run_whose_disk_is_full_at_any_moment_says_so_and_goes_on_when_there_i
             assert [line.startswith("error: ") for line in printed[-2:]] == [False, True], printed
             assert "cannot save" in printed[-1] or "no room" in printed[-1]
             assert not any("Traceback" in line for line in printed), printed
-            print("filled", filled, saves, printed[-1])
+            print("filled", filled, saves.count, printed[-1])
             filled += 1
             if (output / "model.safetensors").exists():
                 assert load_checkpoint(output).about["training"]["output"] == str(output)
