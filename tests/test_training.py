@@ -410,6 +410,15 @@ def test_the_self_critical_stage_begins_with_sharper_attention(options, whole, t
         assert torch.equal(factor * tensor, after[name]), name
 
 
+def test_of_equal_scores_the_model_with_the_higher_bleu_is_kept(options, tmp_path, monkeypatch):
+    """As with own captions of a few pictures: the words of all dev pictures are the same, so CIDEr is 0."""
+    scores = iter([0.1, 0.9, 0.9, 0.5])
+    monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": 0.0, "BLEU-4": next(scores)})
+    flags = ["--epochs", "4", "--finetune-epochs", "0", "--output", str(tmp_path / "run")]
+    assert main([*options, *flags]) == 0
+    assert Captioner.from_pretrained(tmp_path / "run").about["dev"]["epoch"] == 2
+
+
 def test_of_equal_scores_the_earliest_model_is_kept(options, tmp_path, monkeypatch):
     scores = iter([0.2, 0.5, 0.5, 0.4])
     monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})

@@ -43,7 +43,7 @@ class Progress:
     stage, epoch, batch: position of the next batch.
     step, total_steps: number of steps taken in this stage, and in the whole run.
     loss_sum, reward_sum, seconds: sums over the batches of this epoch.
-    best: the best dev score of the run.
+    best, best_bleu: the best dev score of the run, and the BLEU-4 of that model.
     stale: epochs of this stage since the score last improved.
     baseline: moving average of a word's log-probability, the baseline of attention that draws regions.
     history: a row of figures for each epoch.
@@ -58,6 +58,7 @@ class Progress:
     reward_sum: float = 0.0
     seconds: float = 0.0
     best: float = -math.inf
+    best_bleu: float = -math.inf
     stale: int = 0
     baseline: float | None = None
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)

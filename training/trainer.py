@@ -164,7 +164,8 @@ class Trainer:
         """Score the averaged weights on the dev images, record the scores, save the model if it is the best so far.
 
         A run that starts from a trained model begins with a row "start" for that model (epoch 0), so that the best
-        model of the run is never worse. Of models with equal scores the earliest is kept.
+        model of the run is never worse. Of models with equal scores the one with the higher BLEU-4 is kept, then the
+        earliest: on a few dev images with the same words CIDEr is always 0.
         """
         progress, config = self.progress, self.config
         model = cast(ShowAttendTell, self.average.module)
@@ -172,9 +173,11 @@ class Trainer:
         row = progress.row(name, scores, len(self.train_items), stage.self_critical)
         progress.history.append(row)
         log.info("%s", "  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-        better = scores[config.monitor] > progress.best
+        found = (scores[config.monitor], scores["BLEU-4"])
+        better = found > (progress.best, progress.best_bleu)
         progress.stale = 0 if better else progress.stale + 1
-        progress.best = max(progress.best, scores[config.monitor])
+        if better:
+            progress.best, progress.best_bleu = found
         if self.history:
             self.history.epoch(progress.history)
             if better:
