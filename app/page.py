@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from captioner.heatmap import ANCHORS, colour_table
-from captioner.web import FILES
+from captioner.web import FILES, component_script
 
 from .guard import Page
 from .handlers import BATCH, Handlers
@@ -214,7 +214,7 @@ def custom_html(path: Path, attributes: str, **props: Any) -> gr.HTML:
     return gr.HTML(
         html_template=f"<div {attributes}></div>",
         css_template=path.with_suffix(".css").read_text("utf-8"),
-        js_on_load=path.with_suffix(".js").read_text("utf-8"),
+        js_on_load=component_script(path.with_suffix(".js")),
         elem_id=path.name,
         **props,
     )

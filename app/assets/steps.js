@@ -1,16 +1,6 @@
 // One step of the decoder in numbers: scores, softmax, context gate, the likeliest next words.
 let at = 0;
 
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
-
 function grid(values, digits, label) {
   const flat = values.flat();
   const low = Math.min(...flat);

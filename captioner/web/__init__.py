@@ -51,9 +51,9 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     graphs = graphs._replace(annotate=annotate, encode=encode, step=step)
     description = dataclasses.replace(description, graphs=graphs)
     save_model(folder / MODEL_FILE, description, weights, half=True)
-    copied = shutil.ignore_patterns("*.py", "__pycache__", "viewer.js")
+    copied = shutil.ignore_patterns("*.py", "__pycache__", "make.js", "viewer.js")
     shutil.copytree(FILES, folder, ignore=copied, dirs_exist_ok=True)
-    viewer = (FILES / "viewer.js").read_text("utf-8")
+    viewer = component_script(FILES / "viewer.js")
     (folder / "viewer.js").write_text(f"export function viewer(element, props, watch) {{\n{viewer}}}\n", "utf-8")
     search: dict[str, float] = {
         "beam_size": BEAM_SIZE,
@@ -64,6 +64,11 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     colours = {name: colour_table(name).astype(int).tolist() for name in ANCHORS}
     (folder / "settings.json").write_text(json.dumps({"search": search, "colours": colours}), "utf-8")
     write_runtime(runtime, folder / "onnxruntime")
+
+
+def component_script(path: Path) -> str:
+    """The body of the function that draws a component: a script of this folder or of the demo, after what all use."""
+    return "".join(file.read_text("utf-8") for file in (FILES / "make.js", path))
 
 
 def weights_by_name(graph: Graph) -> Graph:

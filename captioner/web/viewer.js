@@ -4,16 +4,6 @@
 // on the demo's page.
 const view = { strength: 0.65, colours: "inferno", head: 0, scale: "caption" };
 
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else node.setAttribute(name, value);
-  }
-  node.append(...children);
-  return node;
-}
-
 const percent = (share) => `${Math.round(100 * share)} %`;
 const times = (multiple) => `${multiple.toFixed(1)}×`;
 
