@@ -53,6 +53,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)
 
 
 class ImageError(ValueError):
@@ -77,13 +78,44 @@ def load_image(source: ImageSource, max_pixels: float = MAX_PIXELS) -> Image.Ima
         ImageError: it cannot be read; the message names the input and the reason.
         ValueError: max_pixels is not a number of at least 1.
     """
+    return load_reduced(source, max_pixels)[0]
+
+
+def load_reduced(
+    source: ImageSource, max_pixels: float = MAX_PIXELS, least: tuple[int, int] | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Read an image, smaller than it is where that saves time.
+
+    A JPEG holds blocks of 8 x 8 pixels in frequencies. It can be decoded at a half, a quarter or an eighth of its size
+    without computing the other pixels. Each pixel is then about the mean of those it stands for.
+
+    Args:
+        source, max_pixels: as in `load_image`.
+        least: pixels that the longer and the shorter side keep, if they have as many; None to read the whole image.
+
+    Returns:
+        The image as in `load_image`, and the width and height of the whole image, upright.
+
+    Raises:
+        ImageError, ValueError: as in `load_image`.
+    """
     max_pixels = check_option("max_pixels", max_pixels)
     if isinstance(source, np.ndarray) or is_tensor(source):
-        return to_rgb(from_array(source, max_pixels))
+        image = to_rgb(from_array(source, max_pixels))
+        return image, image.size
     if isinstance(source, Image.Image):
         check_size(source.size, source, max_pixels)
-        return decode(source, source)
-    return decode(open_image(read_bytes(source), source, max_pixels), source)
+        image = decode(source, source)
+        return image, image.size
+    opened = open_image(read_bytes(source), source, max_pixels)
+    width, height = opened.size
+    if least is not None:
+        opened.draft(None, least if width >= height else least[::-1])  # does nothing but for a JPEG
+    reduced = opened.size != (width, height)
+    image = decode(opened, source)
+    if not reduced:
+        return image, image.size
+    return image, (height, width) if orientation(opened) in SIDEWAYS else (width, height)
 
 
 def read_bytes(source: Any) -> bytes:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from captioner.images import ImageError, ImageSource, Preprocessing, describe, load_image
+from captioner.images import ImageError, ImageSource, Preprocessing, describe, load_reduced
 
 PREVIEW = 1024  # pixels of the longer side of a preview
 # Each thread holds one whole photograph at a time. One thread more than processors, since some wait for the disk.
@@ -39,7 +39,7 @@ def read_photo(
     max_pixels: float,
     usable: Callable[[tuple[int, int]], np.ndarray | None] = lambda size: None,
 ) -> Photo:
-    """Read a photograph; see `captioner.images.load_image`.
+    """Read a photograph; see `captioner.images.load_reduced`.
 
     Args:
         source, max_pixels: as there.
@@ -50,15 +50,15 @@ def read_photo(
     Raises:
         ImageError: it cannot be read, or `usable` raised a ValueError.
     """
-    image = load_image(source, max_pixels)
+    image, size = load_reduced(source, max_pixels, least=(PREVIEW * 3 // 4, max(preprocessing.size)))
     try:
-        mask = usable(image.size)
+        mask = usable(size)
     except ValueError as error:
         raise ImageError(f"{describe(source)}: {error}") from error
     pixels = preprocessing.resize(image)
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     # `resize` returns an image of the right size as it is: the caller's own, who may change it.
-    return Photo(pixels.copy() if pixels is image else pixels, make_preview(image), image.size, path, mask)
+    return Photo(pixels.copy() if pixels is image else pixels, make_preview(image), size, path, mask)
 
 
 def make_preview(image: Image.Image) -> Image.Image:
@@ -66,7 +66,7 @@ def make_preview(image: Image.Image) -> Image.Image:
     scale = PREVIEW / max(image.size)
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        preview = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
+        preview = image.resize(size, Image.Resampling.HAMMING, reducing_gap=1.5)
     else:
         preview = image.copy()
     preview.info = {key: value for key, value in image.info.items() if key == "icc_profile"}

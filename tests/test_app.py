@@ -117,22 +117,22 @@ def test_one_bad_file_does_not_stop_the_others(default, bad_files):
 
 def test_what_goes_wrong_with_one_photo_does_not_lose_the_others(small, monkeypatch, caplog, tmp_path):
     """The second photo fails as it is read, the third as it goes through the network."""
-    real_load, real_caption = reading.load_image, Captioner.caption_photos
+    real_load, real_caption = reading.load_reduced, Captioner.caption_photos
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     paths = [str(PATHS[0]), str(PATHS[1]), str(tmp_path / "red.png"), str(PATHS[2])]
     expected = [str(caption) for caption in small.caption(paths)]
 
-    def load(path, max_pixels):
+    def load(path, *options, **more):
         if path == paths[1]:
             raise PermissionError(path)
-        return real_load(path, max_pixels)
+        return real_load(path, *options, **more)
 
     def caption(self, photos, *arguments, **options):
         if any(photo.pixels.getextrema() == ((255, 255), (0, 0), (0, 0)) for photo in photos):
             raise RuntimeError("no memory")
         return real_caption(self, photos, *arguments, **options)
 
-    monkeypatch.setattr(reading, "load_image", load)
+    monkeypatch.setattr(reading, "load_reduced", load)
     monkeypatch.setattr(Captioner, "caption_photos", caption)
     answers = Service({"small": small}).caption([(path, Settings(captions=1)) for path in paths])
     assert [str(answer) for answer in answers] == [expected[0], FAILED, FAILED, expected[3]]

@@ -15,6 +15,7 @@ from PIL import Image
 
 import captioner
 from captioner import Caption, Captioner, ImageError, explain, reading
+from captioner.images import load_image, load_reduced
 from captioner.options import Options
 
 PATHS = sorted(PHOTOS.glob("*.jpg"))
@@ -89,14 +90,14 @@ def test_nothing_is_read_before_the_first_result_is_asked_for(small):
 
 
 def test_a_stream_that_is_closed_early_reads_no_more_and_leaves_no_thread(small, files, monkeypatch):
-    begun, real = [], reading.load_image
+    begun, real = [], reading.load_reduced
 
-    def slow(source, max_pixels):
+    def slow(source, *options, **more):
         begun.append(source)
         time.sleep(0.05)
-        return real(source, max_pixels)
+        return real(source, *options, **more)
 
-    monkeypatch.setattr(reading, "load_image", slow)
+    monkeypatch.setattr(reading, "load_reduced", slow)
     stream = small.stream(iter(files), batch_size=30, **QUICK)
     next(stream)
     assert readers()
@@ -181,23 +182,23 @@ def test_photographs_are_read_by_several_threads_and_only_so_many_are_whole_in_m
         paths.append(tmp_path / f"{number}.jpg")
         Image.new("RGB", (2000, 1500), (number * 10, 99, 0)).save(paths[-1])
     alive, names, most = [], set(), 0
-    real = reading.load_image
+    real = reading.load_reduced
 
-    def load(source, max_pixels):
+    def load(source, *options, **more):
         nonlocal most
-        image = real(source, max_pixels)
+        image, size = real(source, *options, **more)
         alive.append(weakref.ref(image))
         names.add(threading.current_thread().name)
         most = max(most, sum(one() is not None for one in alive))
-        return image
+        return image, size
 
-    monkeypatch.setattr(reading, "load_image", load)
+    monkeypatch.setattr(reading, "load_reduced", load)
     captions = small.caption(paths, batch_size=4, **QUICK)
     gc.collect()
     assert not any(one() for one in alive)
     assert most <= reading.THREADS
     assert all(name.startswith("captioner-reader") for name in names)
-    assert {caption.image.size for caption in captions} == {(1024, 768)}
+    assert {caption.image.size for caption in captions} == {(1000, 750)}
     assert {caption.size for caption in captions} == {(2000, 1500)}
 
 
@@ -215,6 +216,25 @@ def test_a_caption_keeps_a_preview_and_where_the_whole_photograph_is(small, tmp_
     from_bytes = small.caption(path.read_bytes(), beam_size=2)
     assert (from_bytes.source, from_bytes.size) == (None, (900, 1200))
     assert from_bytes == result
+
+
+@pytest.mark.parametrize(
+    ("size", "kept"), [((4000, 3000), (1000, 750)), ((3000, 900), (1500, 450)), ((1600, 20), (1600, 20))]
+)
+@pytest.mark.parametrize("turn", [1, 6])
+def test_large_jpegs_are_decoded_at_a_part_of_their_size(size, kept, turn):
+    exif = Image.Exif()
+    exif[274] = turn
+    file = io.BytesIO()
+    Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 100).convert("RGB").save(file, "JPEG", exif=exif)
+    image, whole = load_reduced(file.getvalue(), least=(768, 224))
+    full = load_image(file.getvalue())
+    assert whole == full.size == (size if turn == 1 else size[::-1])
+    assert image.size == (kept if turn == 1 else kept[::-1])
+    small, reference = (
+        np.asarray(each.resize((64, 64), Image.Resampling.BILINEAR)).astype(int) for each in (image, full)
+    )
+    assert np.abs(small - reference).max() <= 4
 
 
 @pytest.mark.parametrize(("size", "preview"), [((1024, 700), (1024, 700)), ((5, 9000), (1, 1024)), ((1, 1), (1, 1))])
