@@ -27,7 +27,7 @@ from captioner.modelfile import (
     read_model,
     save_model,
 )
-from captioner.options import Options, Regions, check_option
+from captioner.options import ENGINES, Options, Regions, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
 from captioner.reading import Photo, read_batches, read_photo
 from captioner.search import (
@@ -89,38 +89,40 @@ class Captioner:
                 for the folder.
             device: where to compute; None for the CPU, "auto" for a GPU where there is one.
             engine: "onnx" for ONNX Runtime, which computes on the CPU and needs the graphs that `captioner-export`
-                writes into a model; "torch"; or None for ONNX Runtime wherever it can, and torch otherwise.
+                writes into a model; the large matrices of the decoder then have 8 bits. "onnx-float32" for the same
+                without rounding; "torch"; or None for "onnx" wherever it can, and torch otherwise.
 
         Raises:
             CheckpointError: there is no such model, or its file is damaged or of another format.
             ImportError: torch is needed and not installed; the message says what to install.
             ValueError: there is no such device or engine, or the engine cannot use the device.
         """
-        if engine not in (None, "onnx", "torch"):
-            raise ValueError(f'engine must be "onnx" or "torch", not {engine!r}')
+        if engine not in (None, *ENGINES):
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, not {engine!r}")
+        on_onnx = engine in ("onnx", "onnx-float32")
         path = model_file(find_model(name or DEFAULT_MODEL))
-        if device == "auto" and engine != "onnx":
+        if device == "auto" and not on_onnx:
             device = "cuda" if has_gpu() else None
         on_cpu = device in (None, "cpu", "auto")
-        if engine == "onnx" and not on_cpu:
-            raise ValueError(f'the engine "onnx" computes on the CPU, not on {device!r}')
-        if engine != "torch" and on_cpu and (found := cls.on_onnx_runtime(path)):
+        if on_onnx and not on_cpu:
+            raise ValueError(f"the engine {engine!r} computes on the CPU, not on {device!r}")
+        if engine != "torch" and on_cpu and (found := cls.on_onnx_runtime(path, int8=engine != "onnx-float32")):
             return found
-        if engine == "onnx":
+        if on_onnx:
             raise CheckpointError(f"{path} has no graphs for ONNX Runtime; run captioner-export {path}")
         from captioner.network.engine import choose_device
 
         return cls(importlib.import_module("captioner.checkpoint").load_checkpoint(path, choose_device(device)))
 
     @classmethod
-    def on_onnx_runtime(cls, path: Path) -> "Captioner | None":
-        """The model in a file, with ONNX Runtime; None where it has no graphs for that."""
+    def on_onnx_runtime(cls, path: Path, int8: bool) -> "Captioner | None":
+        """The model in a file, with ONNX Runtime; None where it has no graphs for that. See `OnnxEngine`."""
         with opened(path) as file:
             description = ModelDescription.from_metadata(file.metadata() or {}, path)
             if description.graphs is None:
                 return None
             try:
-                captioner = cls(description, OnnxEngine(description.graphs, file.get_tensor))
+                captioner = cls(description, OnnxEngine(description.graphs, file.get_tensor, int8))
             except ValueError as error:
                 raise CheckpointError(f"{path}: {error}") from error
         captioner.file = path

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from captioner import __version__
-from captioner.options import LIMITS, check_option
+from captioner.options import ENGINES, LIMITS, check_option
 from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", help="cpu, cuda, mps, or auto for a GPU where there is one (default: cpu)")
     parser.add_argument(
-        "--engine", choices=("onnx", "torch"), help="default: ONNX Runtime on the CPU where the model has graphs for it"
+        "--engine", choices=ENGINES, help="default: ONNX Runtime on the CPU where the model has graphs for it"
     )
     parser.add_argument(
         "--batch-size", type=number("batch_size"), default=32, metavar="N", help="images at a time (default: 32)"

@@ -14,6 +14,7 @@ import numpy as np
 from captioner.arrays import Array
 
 MAX_GRAPH = 2**24  # bytes of a graph, which has no weights in it
+BLOCK = 128  # weights of 8 bits that share a scale
 
 
 class Step(NamedTuple):
@@ -81,10 +82,22 @@ class Graph(NamedTuple):
 
     model: the bytes of the ONNX model.
     weights: the names of its weights, which are those in the model's file.
+    quantized: the names of the others, which it takes in 8 bits: NAME:int8 and NAME:scales; see `quantize`.
     """
 
     model: bytes
     weights: tuple[str, ...]
+    quantized: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**self._asdict(), "model": base64.b64encode(zlib.compress(self.model, 9)).decode()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Graph":
+        """What `to_dict` gave. Raises what Python raises where it is something else."""
+        weights, quantized = (tuple(map(str, values.get(name, ()))) for name in ("weights", "quantized"))
+        return cls(inflate(base64.b64decode(values["model"])), weights, quantized)
 
 
 class Graphs(NamedTuple):
@@ -93,6 +106,7 @@ class Graphs(NamedTuple):
     annotate: images -> annotations.
     encode: annotations, mask -> keys, state.
     step: annotations, mask, keys, state, tokens -> logits, alpha, next state; beta and scores where there are any.
+    quantized_step: the same with large weights in 8 bits; None where it has none.
     displacement: see `captioner.network.encoder.Encoder`.
     configuration: `digest_of` the configuration that they were made from.
     """
@@ -100,16 +114,14 @@ class Graphs(NamedTuple):
     annotate: Graph
     encode: Graph
     step: Graph
+    quantized_step: Graph | None
     displacement: float
     configuration: str
 
     def to_text(self) -> str:
         """For the header of a model's file."""
-        parts = {
-            name: {"model": base64.b64encode(zlib.compress(graph.model, 9)).decode(), "weights": graph.weights}
-            for name, graph in (("annotate", self.annotate), ("encode", self.encode), ("step", self.step))
-        }
-        return json.dumps({"displacement": self.displacement, "configuration": self.configuration, **parts})
+        parts = {name: part.to_dict() if isinstance(part, Graph) else part for name, part in self._asdict().items()}
+        return json.dumps(parts)
 
     @classmethod
     def from_text(cls, text: str) -> "Graphs":
@@ -120,12 +132,12 @@ class Graphs(NamedTuple):
         """
         try:
             values = json.loads(text)
-            annotate, encode, step = (
-                Graph(inflate(base64.b64decode(values[name]["model"])), tuple(map(str, values[name]["weights"])))
-                for name in ("annotate", "encode", "step")
-            )
-            return cls(annotate, encode, step, float(values["displacement"]), str(values["configuration"]))
-        except (ValueError, TypeError, KeyError, RecursionError, zlib.error) as error:
+            annotate, encode, step = (Graph.from_dict(values[name]) for name in ("annotate", "encode", "step"))
+            # Files that were written before there were such graphs have none.
+            quantized_step = Graph.from_dict(found) if (found := values.get("quantized_step")) else None
+            displacement, configuration = float(values["displacement"]), str(values["configuration"])
+            return cls(annotate, encode, step, quantized_step, displacement, configuration)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error) as error:
             raise ValueError(f"the graphs cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -151,6 +163,8 @@ class OnnxEngine:
     Args:
         graphs: the network.
         weights: gives the weight of a name, in any floating-point type of NumPy.
+        int8: whether the large matrices of a step have 8 bits, where there is a graph for that. A step reads all of
+            them for a few captions, so that it takes as long as the memory takes to give them.
 
     Raises:
         ValueError: ONNX Runtime cannot read the graphs with these weights, or a weight is not finite.
@@ -158,9 +172,10 @@ class OnnxEngine:
 
     device = "cpu"
 
-    def __init__(self, graphs: Graphs, weights: Callable[[str], np.ndarray]) -> None:
+    def __init__(self, graphs: Graphs, weights: Callable[[str], np.ndarray], int8: bool = False) -> None:
+        step = (graphs.quantized_step if int8 else None) or graphs.step
         self.annotating, self.encoding, self.stepping = (
-            open_session(graph, weights) for graph in (graphs.annotate, graphs.encode, graphs.step)
+            open_session(graph, weights) for graph in (graphs.annotate, graphs.encode, step)
         )
         self.displacement = graphs.displacement
         self.outputs = [output.name for output in self.stepping.get_outputs()]
@@ -203,7 +218,7 @@ class OnnxEngine:
 
 
 def open_session(graph: Graph, weights: Callable[[str], np.ndarray]) -> Any:
-    """An ONNX Runtime session of a graph with its weights, converted to float32."""
+    """An ONNX Runtime session of a graph with its weights, in float32 or in 8 bits."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -214,14 +229,33 @@ def open_session(graph: Graph, weights: Callable[[str], np.ndarray]) -> Any:
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
         values = {name: np.asarray(weights(name), dtype=np.float32, order="C") for name in graph.weights}
+        for name in graph.quantized:
+            values[f"{name}:int8"], values[f"{name}:scales"] = quantize(np.asarray(weights(name), dtype=np.float32))
         for name, array in values.items():
             if not np.isfinite(array).all():
-                raise ValueError(f"{name} holds numbers that are not finite")
+                raise ValueError(f"{name.partition(':')[0]} holds numbers that are not finite")
         given = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in values.values()]
         options.add_external_initializers(list(values), given)
         return onnxruntime.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has many kinds of its own
         raise ValueError(f"ONNX Runtime cannot use the graphs: {type(error).__name__}: {error}") from error
+
+
+def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix in 8 bits, as ONNX Runtime's operator MatMulNBits takes it.
+
+    Args:
+        weight: (outputs, inputs), where inputs is a multiple of `BLOCK`.
+
+    Returns:
+        The integers, uint8 (outputs, inputs / BLOCK, BLOCK), in which 128 stands for 0; and the scale of each block,
+        float32 (outputs, inputs / BLOCK), by which its largest weight is 127.
+    """
+    blocks = weight.reshape(len(weight), -1, BLOCK)
+    scales = np.maximum(blocks.max(axis=-1), -blocks.min(axis=-1)) / np.float32(127)
+    integers = blocks * (1 / np.maximum(scales, np.finfo(np.float32).tiny))[..., None]
+    integers += 128.5  # conversion to integers cuts
+    return integers.astype(np.uint8), scales
 
 
 def threads() -> int:

@@ -16,6 +16,8 @@ class Grid(Protocol):
 # Some regions of a picture: a Boolean grid (rows, columns), or one box or several (left, top, width, height) in pixels.
 Regions = Grid | Sequence[Sequence[bool]] | Sequence[float] | Sequence[Sequence[float]]
 
+ENGINES = ("onnx", "onnx-float32", "torch")
+
 
 class Options(TypedDict, total=False):
     """The options of `captioner.Captioner.caption`, which describes them."""

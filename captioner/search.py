@@ -320,10 +320,9 @@ def allowed(logits: Array, words: Array, block_ngrams: int) -> Array:
 
 
 def only_padding_after_the_end(log_probabilities: Array, ended: Array) -> Array:
-    """A caption that has ended goes on with `PAD` alone, at no cost."""
-    where = namespace(log_probabilities).where
-    log_probabilities = where(ended[..., None], NEVER, log_probabilities)
-    log_probabilities[..., PAD] = where(ended, 0.0, log_probabilities[..., PAD])
+    """A caption that has ended goes on with `PAD` alone, at no cost. Changed in place."""
+    log_probabilities[ended] = NEVER
+    log_probabilities[..., PAD] = namespace(log_probabilities).where(ended, 0.0, log_probabilities[..., PAD])
     return log_probabilities
 
 

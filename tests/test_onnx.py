@@ -107,6 +107,43 @@ def test_whole_networks_give_the_same(changes):
     assert np.allclose(found.log_probabilities, same.log_probabilities, atol=1e-4)
 
 
+def test_matrices_in_8_bits_differ_from_the_weights_by_half_a_step():
+    weight = np.random.default_rng(0).normal(size=(5, 3 * engine.BLOCK)).astype(np.float32)
+    weight[0] = 0
+    weight[1] *= 1e-30
+    integers, scales = engine.quantize(weight)
+    assert (integers.shape, scales.shape) == ((5, 3, engine.BLOCK), (5, 3))
+    again = ((integers.astype(np.float32) - 128) * scales[..., None]).reshape(weight.shape)
+    assert (np.abs(again - weight).reshape(5, 3, -1) <= scales[..., None] * 0.5001).all()
+    assert (integers[0] == 128).all()
+
+
+@pytest.mark.parametrize("decoder", ["lstm", "transformer"])
+def test_steps_in_8_bits_are_nearly_the_same_and_do_not_depend_on_the_batch(decoder):
+    sizes = {"annotation_size": 128, "embedding_size": 128, "hidden_size": 256, "heads": 2}
+    model = small_model(600, decoder=decoder, **sizes)
+    graphs = export.export_graphs(model.config, SIZE)
+    assert graphs == Graphs.from_text(graphs.to_text())
+    assert "decoder.output_weight" in graphs.quantized_step.quantized + graphs.quantized_step.weights
+    exact, rounded = (OnnxEngine(graphs, weights_of(model), int8) for int8 in (False, True))
+    images = np.random.default_rng(0).normal(size=(3, 3, *SIZE)).astype(np.float32)
+    annotations = exact.annotate(images)
+    words = search.sample(exact, annotations, samples=2, seed=4).words
+    expected, found = (search.follow(each, annotations, words).log_probabilities for each in (exact, rounded))
+    assert 0 < np.abs(expected - found).max() < 0.05
+    alone = np.concatenate([search.follow(rounded, annotations[i : i + 1], words[i : i + 1])[1] for i in range(3)])
+    assert np.allclose(found, alone, atol=1e-5)
+
+
+def test_graphs_of_files_from_before_there_were_matrices_in_8_bits_are_used(encoder_graph):
+    values = json.loads(encoder_graph.to_text())
+    assert encoder_graph.quantized_step is None  # the matrices of so small a model are not worth it
+    del values["quantized_step"]
+    for name in ("annotate", "encode", "step"):
+        del values[name]["quantized"]
+    assert Graphs.from_text(json.dumps(values)) == encoder_graph
+
+
 def test_exporting_leaves_the_random_numbers_of_training_as_they_are(encoder_graph):
     config = small_model(30).config
     torch.manual_seed(5)
@@ -288,7 +325,7 @@ def test_a_graph_cannot_ask_for_another_file_as_its_weights(exported, tmp_path, 
 
 
 def test_engines_and_devices_that_do_not_fit_are_refused(exported, small_folder):
-    with pytest.raises(ValueError, match='engine must be "onnx" or "torch"'):
+    with pytest.raises(ValueError, match="engine must be one of onnx, onnx-float32, torch"):
         Captioner.from_pretrained(exported, engine="jax")
     with pytest.raises(ValueError, match="CPU"):
         Captioner.from_pretrained(exported, "cuda", engine="onnx")
@@ -336,6 +373,6 @@ sys.exit(any(name.partition(".")[0] in ("torch", "torchvision", "onnx") for name
 
 @pytest.mark.parametrize("name", [model.name for model in list_models()])
 def test_the_models_in_the_package_give_the_same_with_both_engines(name):
-    one, other = Captioner.from_pretrained(name), Captioner.from_pretrained(name, engine="torch")
+    one, other = (Captioner.from_pretrained(name, engine=engine) for engine in ("onnx-float32", "torch"))
     assert isinstance(one.engine, OnnxEngine)
     assert all(map(same, one.caption(PATHS), other.caption(PATHS)))

@@ -14,6 +14,7 @@ from captioner.api import Captioner
 from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
 from captioner.files import replacing
+from captioner.options import ENGINES
 from captioner.pretrained import DEFAULT_MODEL
 
 from . import command
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, default=32, help="images that go through the network together")
     parser.add_argument("--limit", type=positive, help="at most this number of images of each data set, the first ones")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
+    parser.add_argument("--engine", choices=ENGINES, help="what computes the captions; default: as in Captioner")
     parser.add_argument("--output", help="folder of the report; default: evaluation-SPLIT in the model's")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
@@ -56,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate a model, print the table, and write the figures, the captions and the report."""
-    captioner = Captioner.from_pretrained(options.model, options.device)
+    captioner = Captioner.from_pretrained(options.model, options.device, options.engine)
     datasets = read_sources(options.data)
     sets = read_split(datasets, options.split, options.limit)
     home = Path(options.model) if Path(options.model).is_dir() else Path()

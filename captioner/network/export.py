@@ -12,13 +12,14 @@ from torch.export import Dim
 from torch.func import functional_call
 
 from captioner.config import ModelConfig
-from captioner.engine import Graph, Graphs, digest_of
+from captioner.engine import BLOCK, Graph, Graphs, digest_of
 from captioner.modelfile import read_model, save_model
 from captioner.network.decoder import AttentionLSTM, Memory
 from captioner.network.model import ShowAttendTell
 from captioner.network.transformer import TransformerDecoder
 
 OPSET = 18
+QUANTIZED = 2**17  # weights of the smallest matrix that is worth having in 8 bits
 IMAGES, ROWS, STEPS = 2, 3, 4  # sizes of the examples that graphs are traced with; they may have any afterwards
 
 
@@ -63,9 +64,12 @@ def export_graphs(config: ModelConfig, size: tuple[int, int]) -> Graphs:
     images = torch.zeros(IMAGES, 3, *size)
     annotations = model.annotate(images).detach()
     encoder = {"encoder": model.encoder, "project": model.project, "refine": model.refine}
+    encode, step = export_decoder(model.decoder, annotations)
     return Graphs(
         export(Example(encoder, model.annotate), {"images": images}, ["annotations"]),
-        *export_decoder(model.decoder, annotations),
+        encode,
+        step,
+        quantize_graph(step),
         model.encoder.displacement,
         digest_of(dataclasses.asdict(config), size),
     )
@@ -151,13 +155,7 @@ def export(
     for given in [given for given in graph.input if given.name in weights]:
         graph.input.remove(given)
         if given.name in used:
-            tensor = graph.initializer.add(
-                name=given.name,
-                data_type=onnx.TensorProto.FLOAT,
-                dims=weights[given.name].shape,
-                data_location=onnx.TensorProto.EXTERNAL,
-            )
-            tensor.external_data.add(key="location", value="model.safetensors")
+            add_weight(graph, given.name, onnx.TensorProto.FLOAT, weights[given.name].shape)
     names = tuple(tensor.name for tensor in graph.initializer if tensor.name in weights)
     # What the exporter notes about itself is many times larger than the graph.
     del graph.value_info[:]
@@ -165,6 +163,58 @@ def export(
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     return Graph(model.SerializeToString(), names)
+
+
+def add_weight(graph: Any, name: str, kind: int, shape: Sequence[int]) -> None:
+    """Declare a weight that the graph is given when it is loaded."""
+    from onnx import TensorProto
+
+    tensor = graph.initializer.add(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="model.safetensors")
+
+
+def quantize_graph(graph: Graph) -> Graph | None:
+    """The graph with products of large matrices in 8 bits; None where there are none.
+
+    MatMulNBits also rounds the vectors that it multiplies, each by itself, so that a caption does not depend on
+    the others of its batch.
+    """
+    import onnx
+
+    model = onnx.load_model_from_string(graph.model)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    transposed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    quantized: list[str] = []
+    for node in model.graph.node:
+        weight = transposed.get(node.input[1], "") if node.op_type == "MatMul" else ""
+        outputs, inputs = shapes.get(weight, (0, 0))
+        if outputs * inputs < QUANTIZED or inputs % BLOCK:
+            continue
+        blocks = inputs // BLOCK
+        node.op_type, node.domain = "MatMulNBits", "com.microsoft"
+        node.input[1:] = [f"{weight}:int8", f"{weight}:scales"]
+        # Level 4: it multiplies integers.
+        options = {"K": inputs, "N": outputs, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
+        node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in options.items())
+        if weight not in quantized:
+            quantized.append(weight)
+            add_weight(model.graph, f"{weight}:int8", onnx.TensorProto.UINT8, (outputs, blocks, BLOCK))
+            add_weight(model.graph, f"{weight}:scales", onnx.TensorProto.FLOAT, (outputs, blocks))
+    if not quantized:
+        return None
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    used = names_read(model.graph)
+    for node in [node for node in model.graph.node if used.isdisjoint(node.output)]:
+        model.graph.node.remove(node)
+    used = names_read(model.graph)
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
+        model.graph.initializer.remove(tensor)
+    return Graph(model.SerializeToString(), tuple(name for name in graph.weights if name in used), tuple(quantized))
+
+
+def names_read(graph: Any) -> set[str]:
+    """The names that the nodes of an ONNX graph read, and those of what it gives."""
+    return {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
 
 
 def export_file(path: Path) -> None:
