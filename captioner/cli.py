@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from captioner import __version__
+from captioner.files import SUFFIXES, is_shard
 from captioner.options import ENGINES, LIMITS, check_option
 from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
     from captioner.captions import Caption
     from captioner.images import ImageError
-
-SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .pbm .tga".split())
 
 EPILOG = """\
 examples:
@@ -31,9 +30,13 @@ examples:
   captioner photo.jpg --model small
   captioner photo.jpg --temperature 0.8 --top-p 0.9 --seed 1
   cat photo.jpg | captioner -
+  captioner 'shards/{000..099}.tar' --output captions/
+  captioner table.parquet --column image --format parquet --output captions/
 
 One named image gives its caption alone, and its alternatives on lines of their own. Several images or a folder give a
 line each: path, caption and alternatives with tabs between them, or JSON with --format jsonl.
+Shards (.tar as WebDataset writes them) and tables (.parquet) give a file each in the folder --output, JSON Lines or
+Parquet; those that exist are left as they are, so the same command continues a run that was stopped.
 
 exit status: 0 all captioned, 1 some could not be, 2 wrong usage, 130 interrupted
 """
@@ -112,10 +115,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image, a folder of images, or - for stdin")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="an image, a folder of images, a shard, or - for stdin"
+    )
     parser.add_argument("-r", "--recursive", action="store_true", help="also the folders within folders")
-    parser.add_argument("--format", choices=("text", "jsonl"), default="text", help="of the output (default: text)")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the captions there instead of to stdout")
+    parser.add_argument(
+        "--format",
+        choices=("text", "jsonl", "parquet"),
+        help="of the output (default: text, and for shards jsonl; parquet is for shards alone)",
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write the captions there instead of to stdout; for shards a folder"
+    )
+    parser.add_argument("--column", default="image", help="of Parquet tables: the pictures (default: %(default)s)")
     parser.add_argument("--heatmaps", metavar="DIR", help="write a picture for each image: every word over its map")
     parser.add_argument(
         "--heatmap-scale",
@@ -193,7 +205,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.images.count("-") > 1:
         parser.error("- can be given once only")
+    options.shards = [name for name in options.images if is_shard(name)]
+    if options.shards:
+        check_bulk(parser, options)
+    elif options.format == "parquet":
+        parser.error("--format parquet is for shards (.tar) and tables (.parquet)")
+    options.format = options.format or ("jsonl" if options.shards else "text")
     return options
+
+
+def check_bulk(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with status 2 and a message where the options do not suit shards."""
+    if others := [name for name in options.images if name not in options.shards]:
+        parser.error(f"{options.shards[0]} is a shard and {others[0]} is not; give shards in a command of their own")
+    if not options.output:
+        parser.error("for shards, --output names a folder, which gets a file of captions for each")
+    if options.format == "text" or options.heatmaps:
+        parser.error(f"shards have no {'heatmaps' if options.heatmaps else '--format text; give jsonl or parquet'}")
 
 
 class ListModels(argparse.Action):
@@ -221,6 +249,8 @@ def model_table() -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Caption the inputs. Returns the exit status."""
+    if options.shards:
+        return run_shards(options)
     inputs = list(find_inputs(options.images, options.recursive))
     if not inputs:
         print(f"captioner: no image in {', '.join(options.images)}", file=sys.stderr)
@@ -228,19 +258,14 @@ def run(options: argparse.Namespace) -> int:
     from captioner.api import Captioner
     from captioner.modelfile import CheckpointError
 
-    # Pillow warns of odd metadata in files that it reads well, and logs what it also raises.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    quieten_pillow()
     try:
         captioner = Captioner.from_pretrained(options.model, options.device, options.engine)
         # Options that do not suit the model raise here, before any image is read.
         results = captioner.stream(
             (sys.stdin.buffer if item.path == "-" else item.path for item in inputs if not item.error),
-            max_pixels=options.max_megapixels * 1e6,
             evidence=bool(options.heatmaps) and options.heatmaps_of == "evidence",
-            hide=options.hide,
-            attend=options.attend,
-            **search_options(options),
+            **stream_options(options),
         )
     except (CheckpointError, ImportError, ValueError) as error:
         report(f"captioner: {error}")
@@ -258,10 +283,51 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def search_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of the search that were given; see `Captioner.caption`."""
-    names = ("beam_size", "alternatives", "batch_size", "max_length", "temperature", "top_p", "seed")
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+def run_shards(options: argparse.Namespace) -> int:
+    """Caption the shards that are not done, each into a file of its own. Returns the exit status."""
+    from captioner.api import Captioner
+    from captioner.bulk import caption_shard, plan, remaining
+    from captioner.modelfile import CheckpointError
+    from captioner.shards import shard_names
+
+    quieten_pillow()
+    failed = False
+    target = options.output
+    try:
+        jobs = plan(shard_names(options.shards), Path(options.output), options.format)
+        missing = remaining(jobs)
+        captioner = Captioner.from_pretrained(options.model, options.device, options.engine)
+        captioner.stream((), **stream_options(options)).close()  # raises where an option does not suit the model
+        for done, job in enumerate(missing, len(jobs) - len(missing) + 1):
+            target = job.target
+            outcome = caption_shard(captioner, job, options.column, options.min_confidence, **stream_options(options))
+            failed |= bool(outcome.problem)
+            if outcome.problem:
+                report(f"captioner: {outcome.problem}")
+            if sys.stderr.isatty():
+                print(
+                    f"\r{done}/{len(jobs)} shards", end="\n" if done == len(jobs) else "", file=sys.stderr, flush=True
+                )
+    except (CheckpointError, ImportError, ValueError) as error:
+        report(f"captioner: {error}")
+        return 2
+    except OSError as error:
+        report(f"captioner: cannot write {target}: {error.strerror or error}")
+        return 1
+    return 1 if failed else 0
+
+
+def quieten_pillow() -> None:
+    """Pillow warns of odd metadata in files that it reads well, and logs what it also raises."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def stream_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `Captioner.stream` that were given."""
+    names = ("beam_size", "alternatives", "batch_size", "max_length", "temperature", "top_p", "seed", "hide", "attend")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return given | {"max_pixels": options.max_megapixels * 1e6}
 
 
 def find_inputs(named: Sequence[str], recursive: bool) -> Iterator[Input]:
@@ -297,14 +363,15 @@ def write_all(
     Args:
         results: of the inputs without an error.
     """
+    from captioner.bulk import doubt
+
     alone = len(options.images) == 1 and not os.path.isdir(options.images[0])
     failed = 0
     taken: set[Path] = set()
     for done, item in enumerate(inputs, 1):
         result = item.error or next(results)
         caption, error = (None, str(result)) if isinstance(result, str | Exception) else (result, "")
-        if caption and caption.confidence < options.min_confidence:
-            error = f"{item.path}: confidence {caption.confidence:.2f} is below {options.min_confidence:g}"
+        if caption and (error := doubt(caption, item.path, options.min_confidence)):
             caption = None
         elif caption and caption.words and options.heatmaps:
             error = save_heatmap(

@@ -1,10 +1,22 @@
-"""Files that are written whole or not at all."""
+"""The names of images and shards, and files that are written whole or not at all."""
 
 import contextlib
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .avif .jp2 .ppm .pgm .pbm .tga".split())
+
+
+def is_shard(name: str) -> bool:
+    """Whether that is the name of a shard: of a tar file or of a Parquet table."""
+    return is_table(name) or name.lower().endswith(".tar")
+
+
+def is_table(name: str) -> bool:
+    """Whether that is the name of a Parquet table."""
+    return name.lower().endswith(".parquet")
 
 
 @contextlib.contextmanager

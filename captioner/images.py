@@ -60,6 +60,12 @@ class ImageError(ValueError):
     """An image that cannot be read, or not with these regions. The message names it and gives the reason."""
 
 
+class NamedBytes(bytes):
+    """The bytes of an image file, with a name for messages."""
+
+    name = ""
+
+
 def load_image(source: ImageSource, max_pixels: float = MAX_PIXELS) -> Image.Image:
     """Read an image from any kind of source.
 
@@ -411,7 +417,7 @@ def describe(source: Any) -> str:
     if isinstance(source, str | os.PathLike):
         return os.fsdecode(source) or "an empty path"
     if isinstance(source, bytes | bytearray | memoryview):
-        return f"<{len(source)} bytes>"
+        return getattr(source, "name", "") or f"<{len(source)} bytes>"
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or f"<{source.mode} image of {source.width} x {source.height}>"
     if isinstance(source, np.ndarray) or is_tensor(source):
