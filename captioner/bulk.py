@@ -20,7 +20,7 @@ from captioner.options import Options
 from captioner.shards import COLUMN, Sample, ShardError, import_pyarrow, read_shard
 
 ROWS = 4096  # of captions, in a row group of a Parquet file
-FORMATS = ("jsonl", "parquet")
+BATCH_SIZES = {"cpu": 32, "cuda": 128}  # images that go through the network together, where nothing else is asked for
 
 Row = dict[str, Any]
 
@@ -76,7 +76,9 @@ def plan(shards: Sequence[str], output: Path, style: str, rank: int = 0, size: i
     first: dict[Path, str] = {}
     for shard, target in jobs:
         if target in first:
-            raise ValueError(f"{first[target]} and {shard} would both be captioned into {target}; give one at a time")
+            raise ValueError(
+                f"{first[target]} and {shard} would both be captioned into {target}; give each a folder of its own"
+            )
         first[target] = shard
     return jobs[rank::size]
 
@@ -84,6 +86,18 @@ def plan(shards: Sequence[str], output: Path, style: str, rank: int = 0, size: i
 def remaining(jobs: Iterable[Job]) -> list[Job]:
     """Those of the shards that are not done."""
     return [job for job in jobs if not job.target.exists()]
+
+
+def caption_jobs(
+    captioner: Captioner,
+    jobs: Iterable[Job],
+    column: str = COLUMN,
+    min_confidence: float = 0.0,
+    **options: Unpack[Options],
+) -> Iterator[Outcome]:
+    """Caption shards one after the other; see `caption_shard`. What an option is wrong with is raised by the call."""
+    captioner.stream((), **options).close()
+    return (caption_shard(captioner, job, column, min_confidence, **options) for job in jobs)
 
 
 def caption_shard(
@@ -114,11 +128,12 @@ def caption_shard(
                 write(row)
                 pictures += 1
                 failed += "error" in row
+        outcome = Outcome(job, pictures, failed)
     except ShardError as error:
-        return Outcome(job, error=str(error))
+        outcome = Outcome(job, error=str(error))
     for leftover in job.target.parent.glob(f".{glob.escape(job.target.name)}.*"):
-        leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote the same file
-    return Outcome(job, pictures, failed)
+        leftover.unlink(missing_ok=True)  # of processes that were killed while they were at the same shard
+    return outcome
 
 
 def caption_samples(

@@ -3,11 +3,9 @@
 import argparse
 import contextlib
 import json
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -17,6 +15,7 @@ from captioner.options import ENGINES, LIMITS, check_option
 from captioner.pretrained import DEFAULT_MODEL, list_models
 
 if TYPE_CHECKING:
+    from captioner.bulk import Outcome
     from captioner.captions import Caption
     from captioner.images import ImageError
 
@@ -127,7 +126,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "-o", "--output", metavar="FILE", help="write the captions there instead of to stdout; for shards a folder"
     )
-    parser.add_argument("--column", default="image", help="of Parquet tables: the pictures (default: %(default)s)")
     parser.add_argument("--heatmaps", metavar="DIR", help="write a picture for each image: every word over its map")
     parser.add_argument(
         "--heatmap-scale",
@@ -151,18 +149,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             help=f"{meaning}: left, top, width and height in pixels; may be given several times",
         )
     parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="MODEL",
-        help="a model in the package, a model folder, or a Hugging Face Hub id (default: %(default)s)",
-    )
-    parser.add_argument(
         "--list-models", action=ListModels, nargs=0, help="show the models in the package, the default first, and exit"
     )
     parser.add_argument("--device", help="cpu, cuda, mps, or auto for a GPU where there is one (default: cpu)")
     parser.add_argument(
         "--engine", choices=ENGINES, help="default: ONNX Runtime on the CPU where the model has graphs for it"
     )
+    add_caption_options(parser)
+    parser.add_argument("--version", action="version", version=f"captioner {__version__}")
+    options = parser.parse_args(arguments)
+    if options.images.count("-") > 1:
+        parser.error("- can be given once only")
+    options.shards = [name for name in options.images if is_shard(name)]
+    if options.shards:
+        check_bulk(parser, options)
+    elif options.format == "parquet":
+        parser.error("--format parquet is for shards (.tar) and tables (.parquet)")
+    options.format = options.format or ("jsonl" if options.shards else "text")
+    return options
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `captioner` and `training.bulk` share; see `stream_options`."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="a model in the package, a model folder, or a Hugging Face Hub id (default: %(default)s)",
+    )
+    parser.add_argument("--column", default="image", help="of Parquet tables: the pictures (default: %(default)s)")
     parser.add_argument(
         "--batch-size", type=number("batch_size"), default=32, metavar="N", help="images at a time (default: 32)"
     )
@@ -201,17 +216,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="larger images are refused (default: 100)",
     )
-    parser.add_argument("--version", action="version", version=f"captioner {__version__}")
-    options = parser.parse_args(arguments)
-    if options.images.count("-") > 1:
-        parser.error("- can be given once only")
-    options.shards = [name for name in options.images if is_shard(name)]
-    if options.shards:
-        check_bulk(parser, options)
-    elif options.format == "parquet":
-        parser.error("--format parquet is for shards (.tar) and tables (.parquet)")
-    options.format = options.format or ("jsonl" if options.shards else "text")
-    return options
 
 
 def check_bulk(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -256,6 +260,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"captioner: no image in {', '.join(options.images)}", file=sys.stderr)
         return 1
     from captioner.api import Captioner
+    from captioner.images import quieten_pillow
     from captioner.modelfile import CheckpointError
 
     quieten_pillow()
@@ -286,47 +291,47 @@ def run(options: argparse.Namespace) -> int:
 def run_shards(options: argparse.Namespace) -> int:
     """Caption the shards that are not done, each into a file of its own. Returns the exit status."""
     from captioner.api import Captioner
-    from captioner.bulk import caption_shard, plan, remaining
+    from captioner.bulk import caption_jobs, plan, remaining
+    from captioner.images import quieten_pillow
     from captioner.modelfile import CheckpointError
     from captioner.shards import shard_names
 
     quieten_pillow()
-    failed = False
-    target = options.output
     try:
-        jobs = plan(shard_names(options.shards), Path(options.output), options.format)
-        missing = remaining(jobs)
+        jobs = remaining(plan(shard_names(options.shards), Path(options.output), options.format))
         captioner = Captioner.from_pretrained(options.model, options.device, options.engine)
-        captioner.stream((), **stream_options(options)).close()  # raises where an option does not suit the model
-        for done, job in enumerate(missing, len(jobs) - len(missing) + 1):
-            target = job.target
-            outcome = caption_shard(captioner, job, options.column, options.min_confidence, **stream_options(options))
-            failed |= bool(outcome.problem)
-            if outcome.problem:
-                report(f"captioner: {outcome.problem}")
-            if sys.stderr.isatty():
-                print(
-                    f"\r{done}/{len(jobs)} shards", end="\n" if done == len(jobs) else "", file=sys.stderr, flush=True
-                )
+        outcomes = caption_jobs(captioner, jobs, **job_options(options))
+        failed = report_outcomes(outcomes, len(jobs), "captioner")
     except (CheckpointError, ImportError, ValueError) as error:
         report(f"captioner: {error}")
         return 2
     except OSError as error:
-        report(f"captioner: cannot write {target}: {error.strerror or error}")
+        report(f"captioner: cannot write to {options.output}: {error.strerror or error}")
         return 1
     return 1 if failed else 0
 
 
-def quieten_pillow() -> None:
-    """Pillow warns of odd metadata in files that it reads well, and logs what it also raises."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+def report_outcomes(outcomes: "Iterable[Outcome]", total: int, command: str) -> int:
+    """Report what could not be captioned, and on a terminal the progress. Returns the number of shards concerned."""
+    failed = 0
+    for done, outcome in enumerate(outcomes, 1):
+        if outcome.problem:
+            failed += 1
+            report(f"{command}: {outcome.problem}")
+        if sys.stderr.isatty():
+            print(f"\r{done}/{total} shards", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    return failed
+
+
+def job_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `captioner.bulk.caption_shard`."""
+    return {"column": options.column, "min_confidence": options.min_confidence, **stream_options(options)}
 
 
 def stream_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of `Captioner.stream` that were given."""
     names = ("beam_size", "alternatives", "batch_size", "max_length", "temperature", "top_p", "seed", "hide", "attend")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
     return given | {"max_pixels": options.max_megapixels * 1e6}
 
 

@@ -1,10 +1,12 @@
 """Reading images safely: from any kind of source to an RGB image, and from that to the model's input."""
 
 import io
+import logging
 import os
 import re
 import stat
 import struct
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Protocol
@@ -64,6 +66,12 @@ class NamedBytes(bytes):
     """The bytes of an image file, with a name for messages."""
 
     name = ""
+
+
+def quieten_pillow() -> None:
+    """Turn off Pillow's warnings of odd metadata in files that it reads well, and its log of what it also raises."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def load_image(source: ImageSource, max_pixels: float = MAX_PIXELS) -> Image.Image:

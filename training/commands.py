@@ -34,3 +34,8 @@ def compare() -> int:
 def prepare() -> int:
     """`captioner-prepare`."""
     return run("prepare")
+
+
+def bulk() -> int:
+    """`captioner-bulk`."""
+    return run("bulk")
