@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             len(jobs),
             name,
         )
-    except (CheckpointError, ImportError, ValueError) as error:
+    except (CheckpointError, ConnectionError, ImportError, ValueError) as error:
         report(f"{name}: {error}")
         return 2
     except OSError as error:
