@@ -14,7 +14,9 @@ from gradio.utils import get_upload_folder
 from captioner import Caption
 
 from .rendering import api_answer, as_csv, as_json, as_zip, file_name, page_photo, table_rows, viewer_result
-from .service import Refused, Request, Service, Settings, guarded, read_settings, settings_of
+from .service import Refused, Service, Settings, guarded, read_settings, settings_of
+from .steps import read_change, steps_of_page
+from .viewing import Asked, Seen, Viewing, read_wish
 
 BATCH = 32  # photos that go through the network together
 STEP = 8  # photos of the second tab after which its table and gallery are updated
@@ -29,7 +31,7 @@ class Handlers:
     """
 
     def __init__(self, service: Service) -> None:
-        self.service = service
+        self.service, self.viewing = service, Viewing(service)
         # The pictures, with their captions, that each running request of the second tab shows.
         self.galleries: dict[int, list[tuple[str, str]]] = {}
 
@@ -45,35 +47,60 @@ class Handlers:
         unknown = [name for name in chosen if name not in names]
         return unknown[:1] or list(dict.fromkeys(chosen)) or names[:1]
 
-    def show_photo(self, paths: list[Any], chosen: list[Any], *settings: list[Any]) -> list[list[dict[str, Any]]]:
-        """Caption a batch of requests of the first tab.
+    def show_photo(self, paths: list[Any], chosen: list[Any], *rest: list[Any]) -> list[list[dict[str, Any]]]:
+        """Answer a batch of requests of the first tab.
 
         Args:
             paths: the photo of each request.
             chosen: the models of each request.
-            settings: for each setting its value in each request.
+            rest: for each setting its value in each request; then the questions of viewer.js.
 
         Returns:
             The value of viewer.js and the value of steps.js for each request.
         """
-        asked: list[tuple[int, Any, Request]] = []
-        for place, (path, names, *values) in enumerate(zip(paths, chosen, *settings, strict=True)):
-            asked += [(place, name, (path, read_settings(name, *values))) for name in self.chosen_models(names)]
-        views: list[dict[str, Any]] = [{} for _ in paths]
+        *settings, questions = rest
+        asked: list[tuple[int, str, Asked]] = []
+        for place, (path, names, question, *values) in enumerate(zip(paths, chosen, questions, *settings, strict=True)):
+            wish = read_wish(question)
+            asked += [
+                (place, name, Asked(path, read_settings(name, *values), wish)) for name in self.chosen_models(names)
+            ]
+        views: list[dict[str, Any]] = [{"asked": path if isinstance(path, str) else None} for path in paths]
         steps: list[dict[str, Any]] = [{} for _ in paths]
-        answers = self.service.answer([request for *_, request in asked], keep_annotations=True)
-        for (place, name, _), answer in zip(asked, answers, strict=True):
-            shown = answer if isinstance(answer, str) else guarded(partial(self.render, name, answer))
+        for (place, name, _), seen in zip(asked, self.viewing.see([one for *_, one in asked]), strict=True):
+            shown = seen if isinstance(seen, str) else guarded(partial(self.render, name, seen))
             if isinstance(shown, str):
-                views[place] = {"error": shown}
+                views[place] = {"asked": views[place]["asked"], "error": shown}
             elif "error" not in views[place]:
                 views[place].setdefault("results", []).append(shown[0])
                 steps[place] = steps[place] or shown[1]
         return [views, steps]
 
-    def render(self, name: str, caption: Caption) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A caption by the model of that name, for viewer.js and for steps.js."""
-        return {"model": name, **viewer_result(caption)}, {"steps": self.service.explain(caption, name)}
+    def render(self, name: str, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What was seen with the model of that name, for viewer.js and for steps.js."""
+        captions = [one for one in seen if one is not None]
+        without = [self.service.without_most_attended(one, name) for one in captions]
+        view = {"model": name, **viewer_result(captions, without)}
+        return view, steps_of_page(self.service, name, seen.caption)
+
+    def show_steps(self, path: Any, chosen: Any, *rest: Any) -> dict[str, Any]:
+        """The value of steps.js for the first model chosen, with attention changed as its question says.
+
+        Args:
+            path: the photo.
+            chosen: the models.
+            rest: the value of each setting; then the question of steps.js.
+        """
+        *values, question = rest
+        name = self.chosen_models(chosen)[0]
+        (seen,) = self.viewing.see([Asked(path, read_settings(name, *values))])
+        change = read_change(question)
+        if isinstance(seen, str):
+            return {"error": seen}
+        if isinstance(change, Refused):
+            return {"error": str(change)}
+        shown = guarded(partial(steps_of_page, self.service, name, seen.caption, change))
+        return {"error": shown} if isinstance(shown, str) else shown
 
     def show_many(
         self, paths: list[Any] | Refused | None, chosen: Any, *settings: Any, progress: Any = PROGRESS

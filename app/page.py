@@ -1,5 +1,6 @@
 """The layout of the page: its tabs, their components, and which handler each event calls."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from captioner.heatmap import ANCHORS, colour_table
-from captioner.web import FILES, component_script
+from captioner.web import FILES, VIEWER, component_script
 
 from .guard import Page
 from .handlers import BATCH, Handlers
@@ -17,6 +18,7 @@ ASSETS = Path(__file__).parent / "assets"
 SAMPLES = ("cat.jpg", "photographer.jpg", "coffee.jpg", "astronaut.jpg")
 FAILURE = "The models fail on the astronaut: their training photographs show nothing like her."
 KEEP_SECONDS = 3600  # uploads and downloads are deleted after an hour
+QUESTION = (ASSETS / "question.js").read_text("utf-8")
 CSS = (ASSETS / "page.css").read_text("utf-8")
 # Fonts of the reader's own machine: the page loads nothing from other hosts.
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]).set(
@@ -51,15 +53,32 @@ def build(
             with gr.Tab("How it works"):
                 steps = how_it_works()
         inputs = [one.models, *one.settings]
-        gr.on(
-            [one.photo.change, *(component.input for component in inputs)],
-            handlers.show_photo,
-            [one.photo, *inputs],
-            [one.viewer, steps],
-            batch=True,
-            max_batch_size=BATCH,
+        # The viewer asks for the same as a change of the settings. Its maps stay to be seen until the answer is there.
+        for triggers, progress in (
+            ([one.photo.change, *(component.input for component in inputs)], "full"),
+            ([one.viewer.select], "minimal"),
+        ):
+            gr.on(
+                triggers,
+                handlers.show_photo,
+                [one.photo, *inputs, one.viewer],
+                [one.viewer, steps],
+                js=QUESTION.replace("COMPONENT", "viewer"),
+                batch=True,
+                max_batch_size=BATCH,
+                concurrency_limit=concurrency,
+                show_progress=progress,
+                show_progress_on=[one.viewer],
+                api_visibility="private",
+                trigger_mode="always_last",
+            )
+        steps.select(
+            handlers.show_steps,
+            [one.photo, *inputs, steps],
+            steps,
+            js=QUESTION.replace("COMPONENT", "steps"),
             concurrency_limit=concurrency,
-            show_progress_on=[one.viewer],
+            show_progress="hidden",
             api_visibility="private",
             trigger_mode="always_last",
         )
@@ -97,7 +116,12 @@ def one_photo(names: list[str], samples: Path | None) -> OnePhoto:
         with gr.Column(scale=3, min_width=300):
             tables = {name: colour_table(name).astype(int).tolist() for name in ANCHORS}
             viewer = custom_html(
-                FILES / "viewer", 'class="viewer" aria-live="polite"', tables=tables, map_size=MAP_SIZE
+                FILES / "viewer",
+                VIEWER,
+                'class="viewer" aria-live="polite"',
+                tables=tables,
+                map_size=MAP_SIZE,
+                measures=True,
             )
     return OnePhoto(photo, models, settings, viewer)
 
@@ -168,10 +192,11 @@ def how_it_works() -> gr.HTML:
     """The third tab: the numbers of one step of the decoder."""
     gr.Markdown(
         "Before each word the decoder scores every region of the photo against its state. A softmax turns the scores "
-        "into weights that sum to 1, and the decoder reads the weighted sum of the regions. Move the slider to go "
-        "through the words."
+        "into weights that sum to 1, and the decoder reads the weighted sum of the regions. Change "
+        "the temperature of the softmax, or let the network look everywhere or nowhere: that changes each word alone, "
+        "after the same words before it."
     )
-    return custom_html(ASSETS / "steps", 'class="steps"')
+    return custom_html(ASSETS / "steps", [ASSETS / "steps.js"], 'class="steps"')
 
 
 def add_api(handlers: Handlers, concurrency: int) -> None:
@@ -209,12 +234,12 @@ def add_api(handlers: Handlers, concurrency: int) -> None:
     )
 
 
-def custom_html(path: Path, attributes: str, **props: Any) -> gr.HTML:
-    """A component that the script and the style sheet of that path draw, which is given without their endings."""
+def custom_html(path: Path, scripts: Sequence[Path], attributes: str, **props: Any) -> gr.HTML:
+    """A component that some scripts draw, with the style sheet of that path, which is given without its ending."""
     return gr.HTML(
         html_template=f"<div {attributes}></div>",
         css_template=path.with_suffix(".css").read_text("utf-8"),
-        js_on_load=component_script(path.with_suffix(".js")),
+        js_on_load=component_script(*scripts),
         elem_id=path.name,
         **props,
     )

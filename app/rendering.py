@@ -22,27 +22,47 @@ PHOTO_WIDTH = 720  # pixels of a photo on the page, which is at most twice as hi
 MAP_SIZE = 28  # rows and columns of a map on the page; the browser interpolates between them
 
 
-def viewer_result(caption: Caption) -> dict[str, Any]:
+def viewer_result(captions: Sequence[Caption], without: Sequence[tuple[list[float], int]] = ()) -> dict[str, Any]:
     """A caption for viewer.js: the photo, and each word's maps, which the browser draws over it.
 
+    Args:
+        captions: the caption; then, if regions are hidden, the caption without them.
+        without: for each of them what `Service.without_most_attended` gives.
+
     Returns:
-        photo: a data URI; width, height: its pixels; heads: maps of each word; regions: weights of each map;
-        captions: the caption and its alternatives, see `viewer_caption`.
+        photo: a data URI; width, height: its pixels; heads: maps of each word; regions: weights of each map; grid:
+        their rows and columns; displacement: see `Caption`; most: the regions that `without` hides; captions: the
+        caption and its alternatives, see `viewer_caption`; hidden: the same without the regions that are hidden, or
+        None.
     """
+    caption = captions[0]
     photo = page_photo(caption)
+    shown = [
+        [viewer_caption(one, without[n][0] if without else None), *map(viewer_caption, one.alternatives)]
+        for n, one in enumerate(captions)
+    ]
     return {
         "photo": data_uri(photo),
         "width": photo.width,
         "height": photo.height,
         "heads": caption.heads,
         "regions": math.prod(caption.attention.shape[1:]),
-        "captions": [viewer_caption(each) for each in (caption, *caption.alternatives)],
+        "grid": caption.attention.shape[1:],
+        "displacement": caption.displacement,
+        "most": without[0][1] if without else None,
+        "captions": shown[0],
+        "hidden": shown[1] if len(shown) > 1 else None,
     }
 
 
-def viewer_caption(caption: Caption) -> dict[str, Any]:
-    """The text of a caption, its confidence, and each word with its probability and maps (first the mean of heads)."""
+def viewer_caption(caption: Caption, without: Sequence[float] | None = None) -> dict[str, Any]:
+    """The text of a caption, its confidence, and each word.
+
+    A word has its probability, that without the regions it looked at most (where it is given), its maps of attention
+    (first the mean of the heads), and its map of evidence (where it was measured).
+    """
     heads = [None, *range(caption.heads)] if caption.heads > 1 else [None]
+    regions = caption.attention[0].size if caption.words else 0
     return {
         "text": caption.sentence(),
         "confidence": caption.confidence,
@@ -50,23 +70,32 @@ def viewer_caption(caption: Caption) -> dict[str, Any]:
             {
                 "word": word,
                 "probability": float(np.exp(caption.word_log_probabilities[number])),
-                "maps": [packed_map(caption.maps(head)[number], caption.displacement) for head in heads],
+                "without": None if without is None else without[number],
+                "maps": [packed_map(caption.maps(head)[number], caption.displacement, regions) for head in heads],
+                "evidence": None
+                if caption.evidence is None
+                else packed_map(caption.evidence[number], caption.displacement),
             }
             for number, word in enumerate(caption.words)
         ],
     }
 
 
-def packed_map(weights: np.ndarray, displacement: tuple[float, float]) -> dict[str, Any]:
+def packed_map(values: np.ndarray, displacement: tuple[float, float], unit: float = 1) -> dict[str, Any]:
     """A map (rows, columns) for the browser.
 
+    Args:
+        values: weights, or evidence in nats.
+        displacement: see `Caption`.
+        unit: `peak` is counted in parts of 1 / unit: the number of regions for weights.
+
     Returns:
-        bytes: base64 of MAP_SIZE * MAP_SIZE bytes, the largest of which is 255; peak: the largest weight, which that
-        255 stands for, as a multiple of the weight of an even map.
+        bytes: base64 of MAP_SIZE * MAP_SIZE bytes, the largest of which is 255, or all are 0; peak: the largest value,
+        which that 255 stands for; of weights as a multiple of the weight of an even map.
     """
-    heat = upsample(weights, (MAP_SIZE, MAP_SIZE), displacement)
+    heat = upsample(values, (MAP_SIZE, MAP_SIZE), displacement, values.max() or 1.0)
     packed = base64.b64encode((255 * heat).round().astype(np.uint8).tobytes()).decode()
-    return {"bytes": packed, "peak": float(weights.max() * weights.size)}
+    return {"bytes": packed, "peak": float(values.max() * unit)}
 
 
 def page_photo(caption: Caption) -> Image.Image:

@@ -12,15 +12,19 @@ from functools import partial
 from typing import Any, TypeVar
 
 from captioner import Caption, Captioner, ImageError
-from captioner.explain import explain
+from captioner.explain import explain, without_most_attended
 from captioner.images import MAX_PIXELS
 from captioner.options import Options
 
 MOST_CAPTIONS, MOST_WORDS = 10, 50
+MOST_ATTENDED = 9  # a word's probability is shown without one in so many regions, those that it looked at most
 FAILED = "The server failed on this request. The cause is in its log; the other requests are not affected."
 
 log = logging.getLogger("captioner.app")
 T = TypeVar("T")
+
+
+Box = tuple[float, float, float, float]  # left, top, width, height
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Settings:
     beam_size, max_length: see `Captioner.caption`.
     captions: number of captions, the best one included.
     temperature, top_p, seed: see `Captioner.caption`; used only with `sampling`.
+    evidence: see `Captioner.caption`.
+    hide: boxes of the photo that attention may not use, (left, top, width, height) in pixels.
     """
 
     model: str = ""
@@ -41,10 +47,17 @@ class Settings:
     temperature: float = 1.0
     top_p: float = 0.9
     seed: int = 0
+    evidence: bool = False
+    hide: tuple[Box, ...] = ()
 
     def options(self) -> Options:
         """The options of `Captioner.caption`."""
-        shared: Options = {"alternatives": self.captions - 1, "max_length": self.max_length}
+        shared: Options = {
+            "alternatives": self.captions - 1,
+            "max_length": self.max_length,
+            "evidence": self.evidence,
+            "hide": self.hide or None,
+        }
         if self.sampling:
             return {**shared, "temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         return {**shared, "beam_size": max(self.beam_size, self.captions)}
@@ -61,8 +74,8 @@ class Refused(ValueError):
         self.file = file
 
 
-# The path of an uploaded file and how to caption it, or what is wrong with either.
-Request = tuple[str | Refused | None, Settings | Refused]
+# The path of an uploaded file, or its caption with annotation vectors, and how to caption it; or what is wrong with it.
+Request = tuple[str | Caption | Refused | None, Settings | Refused]
 
 
 def settings_of(model: Any, beam_size: Any, captions: Any, max_length: Any, sampling: Any, *chance: Any) -> Settings:
@@ -170,7 +183,7 @@ class Service:
             keep_annotations: keep the annotation vectors, which `explain` needs.
         """
         answers: dict[int, Caption | str] = {}
-        groups: dict[Settings, dict[int, str]] = {}
+        groups: dict[Settings, dict[int, str | Caption]] = {}
         for number, request in enumerate(requests):
             try:
                 path, settings = self.check(*request)
@@ -188,7 +201,9 @@ class Service:
             answers |= dict(zip(paths, found, strict=True))
         return [answers[number] for number in range(len(requests))]
 
-    def check(self, path: str | Refused | None, settings: Settings | Refused) -> tuple[str, Settings]:
+    def check(
+        self, path: str | Caption | Refused | None, settings: Settings | Refused
+    ) -> tuple[str | Caption, Settings]:
         """The file and the settings of a request. Raises Refused if either cannot be used."""
         if isinstance(path, Refused):
             raise path
@@ -199,19 +214,26 @@ class Service:
             raise Refused("Choose a photo first.")
         return path, settings
 
-    def run(self, settings: Settings, keep_annotations: bool, *paths: str) -> list[Caption | str]:
-        """Captions of files with the same settings; for a file that cannot be read, a sentence."""
+    def run(self, settings: Settings, keep_annotations: bool, *photos: str | Caption) -> list[Caption | str]:
+        """Captions of photos with the same settings; for a file that cannot be read, a sentence."""
         options: Options = {
             **settings.options(),
             "max_pixels": self.max_pixels,
             "keep_annotations": keep_annotations,
         }
-        found = self.captioner(settings.model).caption(paths, errors="return", **options)
+        found = self.captioner(settings.model).caption(photos, errors="return", **options)
         return [sentence_for(result) if isinstance(result, ImageError) else result for result in found]
 
-    def explain(self, caption: Caption, model: str) -> list[dict[str, Any]]:
+    def explain(self, caption: Caption, model: str, **options: Any) -> list[dict[str, Any]]:
         """The numbers of every step of a caption (see `captioner.explain`), computed in a thread for the networks."""
-        return [step.to_dict() for step in self.workers.submit(explain, self.captioner(model), caption).result()]
+        found = self.workers.submit(explain, self.captioner(model), caption, **options).result()
+        return [step.to_dict() for step in found]
+
+    def without_most_attended(self, caption: Caption, model: str) -> tuple[list[float], int]:
+        """The probability of each word without the regions that it looked at most, and how many these are."""
+        regions = max(1, caption.attention[0].size // MOST_ATTENDED) if len(caption.words) else 0
+        work = self.workers.submit(without_most_attended, self.captioner(model), caption, regions)
+        return work.result().tolist(), regions
 
 
 def sentence_for(error: ImageError) -> str:
@@ -219,6 +241,8 @@ def sentence_for(error: ImageError) -> str:
     reason = str(error)
     if "too many pixels" in reason:
         return "This picture is too large: it has too many pixels."
+    if "leave attention none" in reason:
+        return "All regions are hidden: leave the network one to look at."
     if "is empty" in reason:
         return "This file is empty."
     if "damaged" in reason:

@@ -16,8 +16,9 @@ from captioner.pretrained import DEFAULT_MODEL, list_models
 if TYPE_CHECKING:
     from captioner.api import Captioner
     from captioner.captions import Caption
-    from captioner.images import ImageError, ImageSource
+    from captioner.images import ImageError
     from captioner.modelfile import CheckpointError
+    from captioner.reading import Source
 
 __version__ = "0.1.0"
 __all__ = ["Caption", "Captioner", "CheckpointError", "ImageError", "caption", "list_models"]
@@ -25,7 +26,7 @@ __all__ = ["Caption", "Captioner", "CheckpointError", "ImageError", "caption", "
 
 @overload
 def caption(  # type: ignore[overload-overlap]  # a string is a sequence of strings
-    images: "ImageSource",
+    images: "Source",
     model: str | os.PathLike[str] | None = None,
     device: str | None = None,
     *,
@@ -36,7 +37,7 @@ def caption(  # type: ignore[overload-overlap]  # a string is a sequence of stri
 
 @overload
 def caption(  # type: ignore[overload-overlap]
-    images: "ImageSource",
+    images: "Source",
     model: str | os.PathLike[str] | None = None,
     device: str | None = None,
     *,
@@ -47,7 +48,7 @@ def caption(  # type: ignore[overload-overlap]
 
 @overload
 def caption(
-    images: "Sequence[ImageSource]",
+    images: "Sequence[Source]",
     model: str | os.PathLike[str] | None = None,
     device: str | None = None,
     *,
@@ -58,7 +59,7 @@ def caption(
 
 @overload
 def caption(
-    images: "Sequence[ImageSource]",
+    images: "Sequence[Source]",
     model: str | os.PathLike[str] | None = None,
     device: str | None = None,
     *,
@@ -68,7 +69,7 @@ def caption(
 
 
 def caption(
-    images: "ImageSource | Sequence[ImageSource]",
+    images: "Source | Sequence[Source]",
     model: str | os.PathLike[str] | None = None,
     device: str | None = None,
     **options: Any,

@@ -17,7 +17,7 @@ from captioner.arrays import Array, to_numpy
 from captioner.captions import Caption
 from captioner.engine import Engine, OnnxEngine
 from captioner.hiding import EVIDENCE_WINDOW, check_regions, check_window, measure_evidence, usable_regions
-from captioner.images import MAX_PIXELS, ImageError, ImageSource, describe
+from captioner.images import MAX_PIXELS, ImageError, describe
 from captioner.modelfile import (
     MODEL_FILE,
     CheckpointError,
@@ -29,7 +29,7 @@ from captioner.modelfile import (
 )
 from captioner.options import ENGINES, Options, Regions, check_option
 from captioner.pretrained import DEFAULT_MODEL, model_folders
-from captioner.reading import Photo, read_batches, read_photo
+from captioner.reading import Photo, Source, read_batches, read_photo
 from captioner.search import (
     BEAM_SIZE,
     BLOCK_NGRAMS,
@@ -161,27 +161,27 @@ class Captioner:
 
     @overload
     def caption(  # type: ignore[overload-overlap]  # a string is a sequence of strings
-        self, images: ImageSource, *, errors: Literal["raise"] = "raise", **options: Unpack[Options]
+        self, images: Source, *, errors: Literal["raise"] = "raise", **options: Unpack[Options]
     ) -> Caption: ...
 
     @overload
     def caption(  # type: ignore[overload-overlap]
-        self, images: ImageSource, *, errors: Literal["return"], **options: Unpack[Options]
+        self, images: Source, *, errors: Literal["return"], **options: Unpack[Options]
     ) -> Caption | ImageError: ...
 
     @overload
     def caption(
-        self, images: Sequence[ImageSource], *, errors: Literal["raise"] = "raise", **options: Unpack[Options]
+        self, images: Sequence[Source], *, errors: Literal["raise"] = "raise", **options: Unpack[Options]
     ) -> list[Caption]: ...
 
     @overload
     def caption(
-        self, images: Sequence[ImageSource], *, errors: Literal["return"], **options: Unpack[Options]
+        self, images: Sequence[Source], *, errors: Literal["return"], **options: Unpack[Options]
     ) -> list[Caption | ImageError]: ...
 
     def caption(
         self,
-        images: ImageSource | Sequence[ImageSource],
+        images: Source | Sequence[Source],
         *,
         errors: Literal["raise", "return"] = "raise",
         **options: Unpack[Options],
@@ -190,7 +190,8 @@ class Captioner:
 
         Args:
             images: one image, or a list or tuple of them: a path, bytes, an open file, a PIL image, an array
-                (height, width[, channels]), a tensor (channels, height, width).
+                (height, width[, channels]), a tensor (channels, height, width). In place of an image also its caption,
+                made by this model with `keep_annotations=True`: the encoder does not run again.
             errors: "raise" to raise the ImageError of the first image that cannot be read, or "return" to return an
                 ImageError in place of its caption.
             batch_size: images that go through the network together; 32 by default.
@@ -237,7 +238,7 @@ class Captioner:
 
     def stream(
         self,
-        sources: Iterable[ImageSource],
+        sources: Iterable[Source],
         *,
         batch_size: int = 32,
         beam_size: int = BEAM_SIZE,
@@ -312,7 +313,7 @@ class Captioner:
         )
         return self.results(batches, caption_photos)
 
-    def reader(self, max_pixels: float, hide: Regions | None, attend: Regions | None) -> Callable[[ImageSource], Photo]:
+    def reader(self, max_pixels: float, hide: Regions | None, attend: Regions | None) -> Callable[[Source], Photo]:
         """What reads one photograph. Raises ValueError where `hide` or `attend` is neither a grid nor boxes."""
         grid = self.config.grid
         usable = partial(
@@ -362,7 +363,7 @@ class Captioner:
             keep_annotations: see `caption`.
             evidence_window: see `caption`; None to measure no evidence.
         """
-        annotations = self.engine.annotate(self.preprocessing([photo.pixels for photo in photos]))
+        annotations = self.annotate(photos)
         masks = [photo.mask.ravel() for photo in photos if photo.mask is not None]
         mask = np.stack(masks) if masks else None  # all photographs have one, or none has
         found = search(annotations, None if mask is None else self.engine.array(mask))
@@ -372,9 +373,19 @@ class Captioner:
             evidence = measure_evidence(self.engine, annotations, words, grid, evidence_window, mask)
         return self.read(found, photos, alternatives, distribution, annotations if keep_annotations else None, evidence)
 
+    def annotate(self, photos: Sequence[Photo]) -> Array:
+        """The annotation vectors of photographs, (images, regions, channels). The encoder runs for those without."""
+        unknown = [photo.pixels for photo in photos if photo.annotations is None]
+        found = self.engine.annotate(self.preprocessing(unknown)) if unknown else None
+        if len(unknown) == len(photos):
+            return found
+        rows = iter(() if found is None else to_numpy(found))
+        known = [next(rows) if photo.annotations is None else photo.annotations for photo in photos]
+        return self.engine.array(np.stack(known))
+
     def teacher_forced(
         self,
-        image: ImageSource,
+        image: Source,
         text: str,
         max_pixels: float = MAX_PIXELS,
         keep_annotations: bool = False,

@@ -1,6 +1,7 @@
 """The numbers behind a caption, step by step, for learning and teaching attention."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ import numpy as np
 from captioner.api import Captioner
 from captioner.arrays import to_numpy
 from captioner.captions import Caption
-from captioner.search import steps_of
+from captioner.engine import Step
+from captioner.search import start, steps_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,33 +57,46 @@ def normalised_entropy(weights: np.ndarray) -> float:
         0 if one region has all the weight, 1 if all regions have the same weight.
     """
     some = weights[weights > 0]
-    return float(-(some * np.log(some)).sum() / np.log(max(weights.size, 2)))
+    return float(0.0 - (some * np.log(some)).sum() / np.log(max(weights.size, 2)))
 
 
-def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list[Explanation]:
-    """The numbers of each step of a caption.
+def explain(
+    captioner: Captioner,
+    caption: Caption,
+    candidates: int = 8,
+    temperature: float | None = None,
+    context: bool = True,
+) -> list[Explanation]:
+    """The numbers of each step of a caption; if asked for, with attention changed at that step alone.
+
+    A changed step has the state, and so the scores and the gate, that the words before it left behind; what it passes
+    on to the next step is not changed.
 
     Args:
         captioner: the model that made it.
         caption: made with `keep_annotations=True`, by `Captioner.caption` or `Captioner.teacher_forced`.
         candidates: number of the likeliest words to list at each step. Their probabilities are those of the search,
             which excludes some words.
+        temperature: divides the scores before softmax, which gives alpha = softmax(scores / temperature): 0 for the
+            region with the largest score alone, infinity for an even map; None for attention as it is.
+        context: False closes the context gate: beta is 0, and so is the context vector.
 
     Returns:
         An explanation of each word, and of the end of the sentence unless the caption was cut before it.
 
     Raises:
-        ValueError: the caption has no annotation vectors.
+        ValueError: the caption has no annotation vectors; `temperature` is negative, or finite where attention has no
+            scores; or the decoder has no gate to close, or several heads behind it.
     """
-    if caption.annotations is None:
-        raise ValueError(f"the caption {str(caption)!r} has no annotation vectors; make it with keep_annotations=True")
+    annotations = kept_annotations(caption)
     engine, grid, words = captioner.engine, captioner.config.grid, captioner.vocabulary.words
+    if temperature is not None and not temperature >= 0:
+        raise ValueError(f"temperature must be 0 or above, not {temperature}")
     # The end has a probability only where the model said it.
     tokens = captioner.vocabulary.encode(caption.words)[1 : len(caption.word_log_probabilities) + 1]
     ids = engine.array(np.array([[tokens]]))
     steps = []
-    mask = None if caption.mask is None else engine.array(caption.mask.reshape(1, -1))
-    for t, step in enumerate(steps_of(engine, engine.array(caption.annotations[None]), ids, mask)):
+    for t, step in enumerate(changed_steps(captioner, annotations, caption.mask, ids, temperature, context)):
         heads = to_numpy(step.alpha)[0, 0]
         weights = heads.mean(axis=0)
         probabilities = np.exp(to_numpy(caption.distribution.log_probabilities(step.logits, ids[..., :t]))[0, 0])
@@ -97,3 +112,96 @@ def explain(captioner: Captioner, caption: Caption, candidates: int = 8) -> list
             )
         )
     return steps
+
+
+def kept_annotations(caption: Caption) -> np.ndarray:
+    """The annotation vectors of a caption. Raises ValueError where it has none."""
+    if caption.annotations is None:
+        raise ValueError(f"the caption {str(caption)!r} has no annotation vectors; make it with keep_annotations=True")
+    return caption.annotations
+
+
+def changed_steps(
+    captioner: Captioner,
+    annotations: np.ndarray,
+    mask: np.ndarray | None,
+    ids: Any,
+    temperature: float | None,
+    context: bool,
+) -> Iterator[Step]:
+    """The steps of a caption, (1, 1, steps) ids; for `temperature` and `context` see `explain`.
+
+    The graphs of a network have no input for attention weights. A network whose regions all have the same vector can
+    only look at that vector, however it weights them: a changed step is read from a picture whose regions all have the
+    context vector that the changed weights give.
+    """
+    engine = captioner.engine
+    given = engine.array(annotations[None])
+    masked = None if mask is None else engine.array(mask.reshape(1, -1))
+    memory, state, token, _ = start(engine, given, masked, 1)
+    usable = np.ones(len(annotations), dtype=bool) if mask is None else mask.ravel()
+    for t in range(ids.shape[-1]):
+        step = engine.step(memory, state, token)
+        if temperature is None and context:
+            yield step
+        else:
+            alpha = to_numpy(step.alpha)
+            weights = alpha[0, 0].mean(axis=0) if temperature is None else reweighted(step, usable, temperature)
+            if not context and (step.beta is None or alpha.shape[2] > 1):
+                raise ValueError("only a decoder with a context gate and one head can go without its context vector")
+            vector = weights @ annotations if context else np.zeros_like(annotations[0])
+            same = np.broadcast_to(vector, annotations.shape)[None].astype(np.float32)
+            read = engine.step(engine.encode(engine.array(same), masked), state, token)
+            beta = step.beta if context or step.beta is None else 0 * step.beta
+            yield step._replace(logits=read.logits, alpha=np.broadcast_to(weights, alpha.shape), beta=beta)
+        state, token = step.state, ids[..., t]
+
+
+def reweighted(step: Step, usable: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(scores / temperature) over the usable regions, (regions,); see `explain`."""
+    if np.isinf(temperature):
+        return usable / usable.sum(dtype=np.float32)
+    if step.scores is None:
+        raise ValueError("attention has no scores, or those of several heads; only an infinite temperature can be used")
+    scores = np.where(usable, to_numpy(step.scores)[0, 0], -np.inf)
+    below = scores - scores.max()
+    if temperature == 0:
+        return (np.arange(len(scores)) == scores.argmax()).astype(np.float32)
+    weights = np.exp(below / temperature)
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def without_most_attended(captioner: Captioner, caption: Caption, regions: int) -> np.ndarray:
+    """The probability of each word when the regions that it looked at most are hidden.
+
+    The caption is read once for each of its words under teacher forcing, with that word's regions hidden from the
+    first word on, as in `captioner.hiding`.
+
+    Args:
+        captioner, caption: as in `explain`.
+        regions: how many to hide; fewer where attention would be left with none.
+
+    Returns:
+        float32 (T,). With all regions the probabilities are those of `caption.word_log_probabilities`.
+
+    Raises:
+        ValueError: the caption has no annotation vectors.
+    """
+    engine, count = captioner.engine, len(caption.words)
+    annotations = np.repeat(kept_annotations(caption)[None], count, axis=0)
+    masks = np.ones(annotations.shape[:2], dtype=bool)
+    if caption.mask is not None:
+        masks &= caption.mask.ravel()
+    hidden = min(regions, int(masks[:1].sum()) - 1)
+    most = np.argsort(-caption.attention.reshape(count, -1), axis=1, kind="stable")[:, : max(hidden, 0)]
+    np.put_along_axis(masks, most, False, axis=1)
+    tokens = captioner.vocabulary.encode(caption.words)[1 : count + 1]
+    ids = engine.array(np.array([[tokens]] * count).reshape(count, 1, count))
+    probabilities = np.zeros(count, dtype=np.float32)
+    if count:
+        steps = steps_of(engine, engine.array(annotations), ids, engine.array(masks))
+        for t, (step, token) in enumerate(zip(steps, tokens, strict=True)):
+            logits, before = step.logits[t : t + 1], ids[t : t + 1, :, :t]
+            likely = to_numpy(caption.distribution.log_probabilities(logits, before))
+            probabilities[t] = np.exp(likely[0, 0, token])
+    return probabilities

@@ -9,8 +9,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from captioner.captions import Caption
 from captioner.images import ImageError, ImageSource, Preprocessing, describe, load_reduced
 
+# What can be captioned: an image, or the caption of one, whose annotation vectors are read in place of the image.
+Source = ImageSource | Caption
 PREVIEW = 1024  # pixels of the longer side of a preview
 # Each thread holds one whole photograph at a time. One thread more than processors, since some wait for the disk.
 THREADS = min(8, (os.cpu_count() or 1) + 1)
@@ -24,6 +27,7 @@ class Photo(NamedTuple):
     size: width and height of the whole photograph.
     path: its path; None where it was not given by its path.
     mask: Boolean (rows, columns), the regions that attention may use; None for all.
+    annotations: (regions, channels), its annotation vectors where they are known; then `pixels` are not used.
     """
 
     pixels: Image.Image
@@ -31,10 +35,11 @@ class Photo(NamedTuple):
     size: tuple[int, int]
     path: str | None
     mask: np.ndarray | None = None
+    annotations: np.ndarray | None = None
 
 
 def read_photo(
-    source: ImageSource,
+    source: Source,
     preprocessing: Preprocessing,
     max_pixels: float,
     usable: Callable[[tuple[int, int]], np.ndarray | None] = lambda size: None,
@@ -42,7 +47,7 @@ def read_photo(
     """Read a photograph; see `captioner.images.load_reduced`.
 
     Args:
-        source, max_pixels: as there.
+        source, max_pixels: as there; or a caption with its annotation vectors.
         preprocessing: of the model.
         usable: gives the regions that attention may use, for a photograph of some width and height; raises ValueError
             where that is impossible.
@@ -50,15 +55,32 @@ def read_photo(
     Raises:
         ImageError: it cannot be read, or `usable` raised a ValueError.
     """
+    if isinstance(source, Caption):
+        return known_photo(source, usable)
     image, size = load_reduced(source, max_pixels, least=(PREVIEW * 3 // 4, max(preprocessing.size)))
-    try:
-        mask = usable(size)
-    except ValueError as error:
-        raise ImageError(f"{describe(source)}: {error}") from error
+    mask = usable_or_error(usable, size, describe(source))
     pixels = preprocessing.resize(image)
     path = os.fspath(source) if isinstance(source, str | os.PathLike) else None
     # `resize` returns an image of the right size as it is: the caller's own, who may change it.
     return Photo(pixels.copy() if pixels is image else pixels, make_preview(image), size, path, mask)
+
+
+def known_photo(caption: Caption, usable: Callable[[tuple[int, int]], np.ndarray | None]) -> Photo:
+    """The photograph of a caption, with its annotation vectors; see `read_photo`."""
+    if caption.annotations is None:
+        raise ImageError(f"the caption {str(caption)!r} has no annotation vectors; make it with keep_annotations=True")
+    mask = usable_or_error(usable, caption.size, caption.source or describe(caption.image))
+    return Photo(caption.image, caption.image, caption.size, caption.source, mask, caption.annotations)
+
+
+def usable_or_error(
+    usable: Callable[[tuple[int, int]], np.ndarray | None], size: tuple[int, int], name: str
+) -> np.ndarray | None:
+    """What `usable` gives for a size; its ValueError becomes an ImageError about the image of that name."""
+    try:
+        return usable(size)
+    except ValueError as error:
+        raise ImageError(f"{name}: {error}") from error
 
 
 def make_preview(image: Image.Image) -> Image.Image:
@@ -74,7 +96,7 @@ def make_preview(image: Image.Image) -> Image.Image:
 
 
 def read_batches(
-    sources: Iterator[ImageSource], batch_size: int, read: Callable[[ImageSource], Photo]
+    sources: Iterator[Source], batch_size: int, read: Callable[[Source], Photo]
 ) -> Generator[list[Photo | ImageError], None, None]:
     """Read batches of photographs. While the caller works on one batch, threads read the next.
 
@@ -96,7 +118,7 @@ def read_batches(
     ended = False
     failure: Exception | None = None
 
-    def read_or_error(source: ImageSource) -> Photo | ImageError:
+    def read_or_error(source: Source) -> Photo | ImageError:
         try:
             return read(source)
         except ImageError as error:

@@ -171,7 +171,7 @@ def test_large_photos_are_kept_small_and_captioned_as_the_library_does(small, tm
     assert answer.words == expected.words
     assert np.array_equal(answer.attention, expected.attention)
     assert {one.image.size for one in (answer, *answer.alternatives)} == {(1024, 717)}
-    assert (viewer_result(answer)["width"], viewer_result(answer)["height"]) == (
+    assert tuple(viewer_result([answer])[side] for side in ("width", "height")) == (
         PHOTO_WIDTH,
         round(2100 * PHOTO_WIDTH / 3000),
     )
@@ -183,9 +183,9 @@ def test_a_photo_goes_through_the_encoder_once_for_its_caption_and_its_steps(sma
     encoded = []
     hook = small.model.encoder.register_forward_hook(lambda _, inputs, __: encoded.append(len(inputs[0])))
     functions = [one.fn for one in build(Handlers(Service({"small": small}))).fns.values()]
-    (show_photo,) = [one for one in functions if getattr(one, "__name__", "") == "show_photo"]
+    show_photo = next(one for one in functions if getattr(one, "__name__", "") == "show_photo")
     paths = [str(path) for path in PATHS[:3]]
-    views, steps = show_photo(paths, [["small"]] * 3, *([value] * 3 for value in DEFAULTS))
+    views, steps = show_photo(paths, [["small"]] * 3, *([value] * 3 for value in DEFAULTS), [None] * 3)
     hook.remove()
     assert sum(encoded) == 3
     for shown, numbers in zip(views, steps, strict=True):
@@ -216,7 +216,7 @@ def test_an_unknown_model_is_refused_with_those_there_are(default):
 
 def test_the_view_has_a_map_for_every_word_of_every_caption(default):
     caption = default.caption(PATHS[0], beam_size=3)
-    shown = viewer_result(caption)
+    shown = viewer_result([caption])
     assert [each["text"] for each in shown["captions"]] == [one.sentence() for one in (caption, *caption.alternatives)]
     for each in shown["captions"]:
         for word in each["words"]:
@@ -312,7 +312,7 @@ def test_files_of_many_captions(default):
 def test_a_thin_photo_is_shown_and_saved_as_small_as_others(small, size):
     caption = small.caption(Image.new("RGB", size, "red"), max_length=4)
     wordless = dataclasses.replace(caption, words=(), attention=caption.attention[:0])
-    shown = viewer_result(caption)
+    shown = viewer_result([caption])
     assert 1 <= shown["width"] <= 720
     assert 1 <= shown["height"] <= 1440
     with Image.open(io.BytesIO(base64.b64decode(shown["photo"].split(",")[1]))) as photo:

@@ -251,3 +251,29 @@ def test_pictures_and_data_may_be_of_evidence(seeing):
         found.maps(0, of="evidence")
     with pytest.raises(ValueError, match="no maps of 'love'; choose attention or evidence"):
         found.heatmap(0, of="love")
+
+
+def test_a_caption_is_captioned_again_without_the_encoder(small, monkeypatch):
+    photos = [CAT, PHOTOS / "coffee.jpg"]
+    first = small.caption(photos[0], keep_annotations=True)
+    expected = small.caption(photos, hide=(0, 0, 300, 200), evidence=True)
+    encoded = []
+    annotate = small.engine.annotate
+    monkeypatch.setattr(small.engine, "annotate", lambda images: encoded.append(len(images)) or annotate(images))
+    again = small.caption(first, hide=(0, 0, 300, 200), evidence=True)
+    assert encoded == []
+    assert again == expected[0]
+    assert np.array_equal(again.mask, expected[0].mask)
+    assert np.allclose(again.evidence, expected[0].evidence, atol=1e-6)
+    assert (again.source, again.size) == (str(CAT), expected[0].size)
+    assert small.caption([first, photos[1]], hide=(0, 0, 300, 200)) == expected  # one of each
+    assert encoded == [1]
+    assert small.teacher_forced(first, "word1 word2") == small.teacher_forced(CAT, "word1 word2")
+
+
+def test_a_caption_without_annotation_vectors_cannot_be_captioned_again(small):
+    with pytest.raises(ImageError, match="no annotation vectors; make it with keep_annotations=True"):
+        small.caption(small.caption(CAT))
+    kept = small.caption(CAT, keep_annotations=True)
+    with pytest.raises(ImageError, match=r"cat.jpg: the box \(9999, 0, 1, 1\) lies outside"):
+        small.caption(kept, hide=(9999, 0, 1, 1))

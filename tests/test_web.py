@@ -369,7 +369,10 @@ def test_maps_are_smoothed_as_in_the_demo(module):
     weights = np.random.default_rng(0).dirichlet(np.ones(30)).reshape(5, 6).astype(np.float32)
     for displacement in ((0.0, 0.0), (0.1, 0.26)):
         code = "return (await import('./heatmap.js')).mapBytes(values[0], 5, 6, values[1]);"
-        found, expected = module(code, weights.flatten().tolist(), displacement), packed_map(weights, displacement)
+        found, expected = (
+            module(code, weights.flatten().tolist(), displacement),
+            packed_map(weights, displacement, weights.size),
+        )
         assert found["peak"] == pytest.approx(expected["peak"], rel=1e-5)
         ours, theirs = (np.frombuffer(base64.b64decode(each["bytes"]), np.uint8) for each in (expected, found))
         assert len(ours) == MAP_SIZE**2

@@ -20,6 +20,7 @@ from captioner.modelfile import MODEL_FILE, read_model, save_model
 from captioner.search import BEAM_SIZE, BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH
 
 FILES = Path(__file__).parent  # of the page; some are also the demo's
+VIEWER = tuple(FILES / name for name in ("regions.js", "changes.js", "viewer.js"))
 RUNTIME_PACKAGE, RUNTIME = "onnxruntime-web@1.30.0", "onnxruntime-web-1.30.0.tgz"
 RUNTIME_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # from npm
 TIMEOUT = 300  # seconds for npm to fetch it
@@ -51,10 +52,10 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     graphs = graphs._replace(annotate=annotate, encode=encode, step=step, quantized_step=None)
     description = dataclasses.replace(description, graphs=graphs)
     save_model(folder / MODEL_FILE, description, weights, half=True)
-    copied = shutil.ignore_patterns("*.py", "__pycache__", "make.js", "viewer.js")
+    copied = shutil.ignore_patterns("*.py", "__pycache__", "make.js", *(path.name for path in VIEWER))
     shutil.copytree(FILES, folder, ignore=copied, dirs_exist_ok=True)
-    viewer = component_script(FILES / "viewer.js")
-    (folder / "viewer.js").write_text(f"export function viewer(element, props, watch) {{\n{viewer}}}\n", "utf-8")
+    viewer = f"export function viewer(element, props, watch, trigger) {{\n{component_script(*VIEWER)}}}\n"
+    (folder / "viewer.js").write_text(viewer, "utf-8")
     search: dict[str, float] = {
         "beam_size": BEAM_SIZE,
         "max_length": MAX_LENGTH,
@@ -66,9 +67,9 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     write_runtime(runtime, folder / "onnxruntime")
 
 
-def component_script(path: Path) -> str:
-    """The body of the function that draws a component: a script of this folder or of the demo, after what all use."""
-    return "".join(file.read_text("utf-8") for file in (FILES / "make.js", path))
+def component_script(*scripts: Path) -> str:
+    """The body of the function that draws a component: scripts of this folder or of the demo, after what all use."""
+    return "".join(file.read_text("utf-8") for file in (FILES / "make.js", *scripts))
 
 
 def weights_by_name(graph: Graph) -> Graph:

@@ -38,7 +38,9 @@ export class Captioner {
     return {
       preview: preview && preview.blob,
       ...this.size,
+      hidden,
       grid: this.grid,
+      displacement: this.displacement,
       heads: this.engine.heads,
       regions: mask.length,
       captions: found.map((each) => this.describe(each)),

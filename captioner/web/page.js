@@ -6,7 +6,8 @@ const byId = (id) => document.getElementById(id);
 const { colours } = await (await fetch("settings.json")).json();
 const props = { tables: colours, map_size: MAP_SIZE, value: null };
 let show; // draws props.value
-viewer(byId("viewer"), props, (_, draw) => (show = draw));
+let choosing = false; // a photo is on its way; the regions shown are another's
+viewer(byId("viewer"), props, (_, draw) => (show = draw), (_, { regions }) => choosing || ask({ hidden: regions }));
 
 const worker = new Worker("worker.js", { type: "module" });
 let ready = false;
@@ -27,8 +28,7 @@ function ask(question) {
 }
 
 function choose(photo) {
-  hidden.clear();
-  byId("hide").hidden = true; // until this photo is captioned; the regions shown are another's
+  choosing = true;
   ask({ photo, hidden: [] });
 }
 
@@ -41,6 +41,7 @@ worker.onmessage = ({ data }) => {
     report(latest ? "Captioning." : "Ready. Choose a photo.");
     byId("about").textContent = data.ready.trained_on ? `The model was trained on ${data.ready.trained_on}.` : "";
   } else if (data.number === undefined || data.number === latest) {
+    choosing = false;
     if (data.error) report("", data.error);
     else answer(data.result);
   }
@@ -49,64 +50,19 @@ worker.onerror = () => report("", "This browser cannot run the network.");
 
 const megabytes = (bytes) => Math.round(bytes / 1e6);
 
-function answer({ preview, grid, ...result }) {
+// What was found for a photo that was chosen, which comes with a preview, or for the previous one without some regions.
+function answer({ preview, hidden, captions, ...result }) {
   if (preview) {
     if (props.value) URL.revokeObjectURL(props.value.results[0].photo);
-    result.photo = URL.createObjectURL(preview);
+    props.value = { results: [{ model: "Caption", ...result, photo: URL.createObjectURL(preview), captions }], asked: latest };
   } else {
-    result.photo = props.value.results[0].photo;
+    const [whole] = props.value.results;
+    props.value = { ...props.value, results: [{ ...whole, hidden: hidden.length ? captions : null }] };
   }
-  props.value = { results: [{ model: "Caption", ...result }] };
   show();
   const seconds = ((performance.now() - asked) / 1000).toFixed(1);
-  report(`${result.captions[0].text} Captioned on this device in ${seconds} seconds.`);
-  if (preview) drawRegions(result, grid);
+  report(`${captions[0].text} Captioned on this device in ${seconds} seconds.`);
 }
-
-// Regions that the network must not look at. Their buttons are one stop of the tab key; arrow keys move among them.
-const hidden = new Set();
-
-function drawRegions({ photo, width, height }, [rows, columns]) {
-  const board = document.querySelector(".regions");
-  board.style.backgroundImage = `url(${photo})`;
-  board.style.gridTemplateColumns = `repeat(${columns}, 1fr)`;
-  board.style.aspectRatio = `${width} / ${height}`;
-  board.replaceChildren(
-    ...Array.from({ length: rows * columns }, (_, region) => {
-      const button = document.createElement("button");
-      button.type = "button";
-      button.tabIndex = region ? -1 : 0;
-      button.ariaPressed = "false";
-      button.ariaLabel = `Row ${Math.floor(region / columns) + 1}, column ${(region % columns) + 1}`;
-      button.onclick = () => {
-        const others = [...hidden].filter((each) => each !== region);
-        hide(hidden.has(region) ? others : [...others, region]);
-      };
-      button.onkeydown = (event) => {
-        const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
-        const next = board.children[region + step];
-        if (!next) return;
-        event.preventDefault();
-        button.tabIndex = -1;
-        next.tabIndex = 0;
-        next.focus();
-      };
-      return button;
-    }),
-  );
-  byId("hide").hidden = false;
-}
-
-function hide(regions) {
-  const buttons = [...document.querySelectorAll(".regions button")];
-  if (regions.length === buttons.length) return; // the network has to look somewhere
-  hidden.clear();
-  regions.forEach((region) => hidden.add(region));
-  buttons.forEach((button, region) => (button.ariaPressed = String(hidden.has(region))));
-  ask({ hidden: regions });
-}
-
-byId("show-all").onclick = () => hide([]);
 
 for (const input of [byId("file"), byId("camera")]) {
   input.onchange = () => {
