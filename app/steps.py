@@ -45,8 +45,14 @@ def steps_of_page(service: Service, model: str, caption: Caption, change: Change
     Returns:
         steps: see `captioner.explain.Explanation.to_dict`; mechanism: the name of the model's attention; gate: whether
         its context vector can be left out; question: the change, as steps.js asked for it.
+
+    Raises:
+        Refused: attention of this model cannot be changed in this way.
     """
-    steps = service.explain(caption, model, **change._asdict())
+    try:
+        steps = service.explain(caption, model, **change._asdict())
+    except ValueError as error:
+        raise Refused(f"Attention of this model cannot be changed in this way: {error}.") from error
     even = change.temperature == math.inf
     return {
         "steps": steps,

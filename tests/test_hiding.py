@@ -254,7 +254,7 @@ def test_pictures_and_data_may_be_of_evidence(seeing):
 
 
 def test_a_caption_is_captioned_again_without_the_encoder(small, monkeypatch):
-    photos = [CAT, PHOTOS / "coffee.jpg"]
+    photos = [CAT, PHOTOS / "photographer.jpg"]
     first = small.caption(photos[0], keep_annotations=True)
     expected = small.caption(photos, hide=(0, 0, 300, 200), evidence=True)
     encoded = []
