@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from captioner import Captioner
 from captioner.checkpoint import Checkpoint
+from captioner.explain import explain
 from captioner.images import Preprocessing
 from captioner.vocabulary import Vocabulary
 
@@ -281,7 +283,7 @@ def test_how_it_works_shows_the_numbers_of_every_step(open_page, default):
     upload(page)
     said = words(page)
     page.get_by_role("tab", name="How it works").click()
-    slider = page.locator("#steps input[type=range]")
+    slider = page.get_by_label("Word of the caption")
     slider.focus()
     seen = []
     for word in [*said, "<end>"]:
@@ -297,6 +299,131 @@ def test_how_it_works_shows_the_numbers_of_every_step(open_page, default):
         page.keyboard.press("ArrowRight")
     assert len(set(seen)) == len(seen)
     assert re.search(r"beta\s+0\.\d\d", seen[0])
+
+
+def pressed(page: Page) -> list[str]:
+    return page.locator("#viewer .regions [aria-pressed=true]").evaluate_all("all => all.map((one) => one.ariaLabel)")
+
+
+def drag(page: Page, cells: list[str]) -> None:
+    """Press the pointer on the first cell, and move it over the others."""
+    for number, cell in enumerate(cells):
+        box = page.get_by_role("button", name=cell).bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2, steps=3)
+        if not number:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def test_regions_are_hidden_by_the_pointer_and_the_caption_stands_beside_the_first(open_page, default):
+    page = open_page()
+    upload(page)
+    before = words(page)
+    page.locator("#viewer .regions").scroll_into_view_if_needed()
+    place = page.locator("#viewer .stage").bounding_box()["y"]
+    cells = [f"Row {row}, column {column}" for row, column in ((4, 4), (4, 5), (4, 6), (5, 6), (6, 6))]
+    drag(page, cells)
+    assert pressed(page) == cells
+    hide = np.zeros(default.config.grid, dtype=bool)
+    hide[[3, 3, 3, 4, 5], [3, 4, 5, 5, 5]] = True
+    caption = default.caption(PHOTO, alternatives=2, hide=hide)
+    expect(page.locator("#viewer .words:not(.before) .word")).to_have_text(list(caption.words))
+    expect(page.locator("#viewer .before .word")).to_have_text(before)
+    assert page.locator("#viewer .stage").bounding_box()["y"] == pytest.approx(place, abs=1)
+    changed = page.locator("#viewer .words:not(.before) .changed .word").all_inner_texts()
+    assert changed
+    assert [word for word in caption.words if word not in before] == [word for word in changed if word not in before]
+    odds = page.locator("#viewer .words:not(.before) .odds").all_inner_texts()
+    likely = [f"{100 * np.exp(one):.0f} %" for one in caption.word_log_probabilities[: len(caption.words)]]
+    assert [text.split(" → ")[0] for text in odds] == likely
+    drag(page, cells[1:3])  # what is hidden already is shown again
+    expect(page.locator("#viewer .regions [aria-pressed=true]")).to_have_count(3)
+    page.get_by_role("button", name="Show all regions").click()
+    expect(page.locator("#viewer .before")).to_have_count(0)
+    assert pressed(page) == []
+    assert words(page) == before
+
+
+def test_regions_are_hidden_from_the_keyboard_and_another_photo_has_none(open_page):
+    page = open_page()
+    upload(page)
+    words(page)
+    page.get_by_role("button", name="Row 1, column 1").focus()
+    for key in ("ArrowRight", "ArrowDown", "ArrowDown", "ArrowLeft", "ArrowLeft", "Space"):
+        page.keyboard.press(key)
+    expect(page.locator("#viewer .before .word").first).to_be_visible()
+    assert pressed(page) == ["Row 3, column 1"]
+    expect(page.get_by_role("button", name="Row 3, column 1")).to_be_focused()  # though the caption is another
+    page.keyboard.press("Enter")
+    expect(page.locator("#viewer .before")).to_have_count(0)
+    page.keyboard.press("Space")
+    expect(page.locator("#viewer .before .word").first).to_be_visible()
+    upload(page, PHOTOS / "cat.jpg")
+    expect(page.locator("#viewer .before")).to_have_count(0)
+    assert pressed(page) == []
+
+
+def test_a_switch_shows_what_the_words_rest_on_in_every_map(open_page, default):
+    page = open_page()
+    upload(page)
+    words(page)
+    page.locator("#viewer .word").nth(1).click()
+    looked = picture(page)
+    strip = page.locator("#viewer .strip figcaption")
+    page.get_by_role("button", name="What it used").focus()
+    page.keyboard.press("Enter")
+    caption = default.caption(PHOTO, alternatives=2, evidence=True)
+    peaks = [f"{word} {evidence.max():.2f}" for word, evidence in zip(caption.words, caption.evidence, strict=True)]
+    expect(strip).to_have_text(peaks)
+    expect(page.get_by_role("button", name="What it used")).to_be_focused()
+    expect(page.locator("#viewer .legend .number")).to_have_text(f"{caption.evidence.max():.2f}")
+    page.locator("#viewer .word").nth(1).click()
+    used = picture(page)
+    ours = caption.heatmap(1, of="evidence").resize((used.shape[1], used.shape[0]))
+    assert np.abs(used - np.asarray(ours)).mean() < 6
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download picture").click()
+    assert Image.open(download.value.path()).width == 2 * used.shape[1] + 8
+    page.locator("#viewer .others button").nth(1).click()
+    expect(page.locator("#viewer .legend .note > span")).to_contain_text("for the first caption only")
+    page.locator("#viewer .others button").nth(0).click()
+    page.get_by_role("button", name="Where it looked").click()
+    page.locator("#viewer .word").nth(1).click()
+    assert np.abs(picture(page) - looked).mean() < 1
+    upload(page, PHOTOS / "cat.jpg")  # measured with the caption from now on
+    expect(page.locator("#viewer .word").nth(1)).to_have_text("cat")
+    page.get_by_role("button", name="What it used").click()
+    expect(strip.first).to_contain_text(re.compile(r"^a 0\.\d\d$"))
+
+
+def test_attention_can_be_changed_and_the_next_word_follows(open_page, default):
+    page = open_page()
+    upload(page)
+    words(page)
+    page.get_by_role("tab", name="How it works").click()
+    page.get_by_label("Word of the caption").fill("1")
+    caption = default.caption(PHOTO, keep_annotations=True)
+    shown = page.locator("#steps .row:not(.entropy *) .number")
+    entropy = page.locator("#steps .entropy .number")
+    slider = page.get_by_label("Temperature of attention's softmax")
+    slider.focus()
+    for key, temperature in (("ArrowLeft", 0.5), ("Home", 0), ("End", math.inf)):
+        page.keyboard.press(key)
+        step = explain(default, caption, temperature=temperature)[1]
+        expect(entropy).to_have_text(f"{100 * step.entropies[0]:.1f} %")
+        likely = [f"{100 * probability:.1f} %" for _, probability in step.candidates]
+        expect(shown).to_have_text([f"{step.beta:.2f}", *likely])
+        expect(slider).to_be_focused()
+    expect(page.get_by_role("button", name="Look everywhere")).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Look everywhere").click()
+    expect(slider).to_have_attribute("aria-valuetext", "1")
+    page.get_by_role("button", name="Look nowhere").click()
+    step = explain(default, caption, context=False)[1]
+    expect(shown).to_have_text(["0.00", *(f"{100 * probability:.1f} %" for _, probability in step.candidates)])
+    expect(page.locator("#steps mark")).to_have_text(caption.words[1])
+    expect(page.locator("#steps .before")).to_contain_text(
+        f"With attention as it is: {explain(default, caption)[1].candidates[0][0]}"
+    )
 
 
 def test_the_entropy_of_each_head_stands_beside_that_of_their_mean(open_page):
@@ -418,6 +545,9 @@ def test_no_serious_barrier_on_any_tab(open_page, scheme):
     page = open_page(color_scheme=scheme)
     upload(page)
     words(page)
+    page.get_by_role("button", name="Row 4, column 4").click()
+    expect(page.locator("#viewer .before .word").first).to_be_visible()
+    page.get_by_text("Why they differ").click()
     for tab in ("One photo", "Many photos", "How it works"):
         page.get_by_role("tab", name=tab).click()
         page.wait_for_timeout(300)
@@ -432,10 +562,13 @@ def test_no_serious_barrier_on_any_tab(open_page, scheme):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_a_phone(open_page, scheme):
-    page = open_page(color_scheme=scheme)
+    page = open_page(color_scheme=scheme, has_touch=True)
     page.set_viewport_size({"width": 375, "height": 800})
     upload(page)
     words(page)
+    page.get_by_role("button", name="Row 4, column 4").tap()
+    expect(page.locator("#viewer .before .word").first).to_be_visible()
+    assert pressed(page) == ["Row 4, column 4"]
     for tab in ("How it works", "One photo"):
         choose_tab(page, tab)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
@@ -466,7 +599,7 @@ def test_the_pictures_of_the_readmes_show_a_caption_that_is_right(browser, tmp_p
         page.locator("#viewer .word", has_text="cat").hover()
         save_screenshot(page, folder / "page.jpg")
         page.get_by_role("tab", name="How it works").click()
-        page.locator("#steps input[type=range]").fill(str(caption.words.index("cat")))
+        page.get_by_label("Word of the caption").fill(str(caption.words.index("cat")))
         expect(page.locator("#steps mark")).to_have_text("cat")
         save_screenshot(page, folder / "steps.jpg")
         page.close()
