@@ -609,4 +609,4 @@ def test_the_pictures_of_the_readmes_show_a_caption_that_is_right(browser, tmp_p
 
 def save_screenshot(page: Page, path: Path) -> None:
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
-    picture.save(path, quality=82, optimize=True)
+    picture.save(path, quality=78, optimize=True)
