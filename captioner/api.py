@@ -17,7 +17,7 @@ from captioner.arrays import Array, to_numpy
 from captioner.captions import Caption
 from captioner.engine import Engine, OnnxEngine
 from captioner.hiding import EVIDENCE_WINDOW, check_regions, check_window, measure_evidence, usable_regions
-from captioner.images import MAX_PIXELS, ImageError, describe
+from captioner.images import MAX_PIXELS, ImageError, Preprocessing, describe
 from captioner.modelfile import (
     MODEL_FILE,
     CheckpointError,
@@ -363,7 +363,7 @@ class Captioner:
             keep_annotations: see `caption`.
             evidence_window: see `caption`; None to measure no evidence.
         """
-        annotations = self.annotate(photos)
+        annotations = annotations_of(photos, self.engine, self.preprocessing)
         masks = [photo.mask.ravel() for photo in photos if photo.mask is not None]
         mask = np.stack(masks) if masks else None  # all photographs have one, or none has
         found = search(annotations, None if mask is None else self.engine.array(mask))
@@ -372,16 +372,6 @@ class Captioner:
             grid, words = self.config.grid, found.words[:, 0]
             evidence = measure_evidence(self.engine, annotations, words, grid, evidence_window, mask)
         return self.read(found, photos, alternatives, distribution, annotations if keep_annotations else None, evidence)
-
-    def annotate(self, photos: Sequence[Photo]) -> Array:
-        """The annotation vectors of photographs, (images, regions, channels). The encoder runs for those without."""
-        unknown = [photo.pixels for photo in photos if photo.annotations is None]
-        found = self.engine.annotate(self.preprocessing(unknown)) if unknown else None
-        if len(unknown) == len(photos):
-            return found
-        rows = iter(() if found is None else to_numpy(found))
-        known = [next(rows) if photo.annotations is None else photo.annotations for photo in photos]
-        return self.engine.array(np.stack(known))
 
     def teacher_forced(
         self,
@@ -469,6 +459,16 @@ class Captioner:
             measured = None if evidence is None else evidence[i, : len(rows[0].words)].copy()
             captions.append(dataclasses.replace(rows[0], alternatives=tuple(rows[1:]), evidence=measured))
         return captions
+
+
+def annotations_of(photos: Sequence[Photo], engine: Engine, preprocessing: Preprocessing) -> Array:
+    """The annotation vectors of photographs, (images, regions, channels). The encoder runs for those without."""
+    unknown = [photo.pixels for photo in photos if photo.annotations is None]
+    found = engine.annotate(preprocessing(unknown)) if unknown else None
+    if len(unknown) == len(photos):
+        return found
+    rows = iter(() if found is None else to_numpy(found))
+    return engine.array(np.stack([next(rows) if one.annotations is None else one.annotations for one in photos]))
 
 
 def has_gpu() -> bool:
