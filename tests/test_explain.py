@@ -98,15 +98,15 @@ def test_to_look_nowhere_is_to_close_the_gate(small):
 
 
 def test_the_engines_agree_on_changed_attention():
-    """With the model that has graphs; the other tests compute with torch."""
+    """With the model that has graphs, whose large matrices have 8 bits; the other tests compute with torch."""
     onnx, other = Captioner.from_pretrained("small"), Captioner.from_pretrained("small", engine="torch")
     caption = onnx.caption(PHOTO, keep_annotations=True, beam_size=1)
     for options in ({"temperature": 0.5}, {"temperature": np.inf}, {"context": False}):
         for ours, theirs in zip(explain(onnx, caption, **options), explain(other, caption, **options), strict=True):
-            assert np.allclose(ours.weights, theirs.weights, atol=1e-4)
+            assert np.allclose(ours.weights, theirs.weights, atol=5e-3)
             ours_most, theirs_most = ([probability for _, probability in each.candidates] for each in (ours, theirs))
-            assert ours_most == pytest.approx(theirs_most, abs=1e-3)
-    assert without_most_attended(onnx, caption, 7) == pytest.approx(without_most_attended(other, caption, 7), abs=1e-3)
+            assert ours_most == pytest.approx(theirs_most, abs=0.02)
+    assert without_most_attended(onnx, caption, 7) == pytest.approx(without_most_attended(other, caption, 7), abs=0.02)
 
 
 @pytest.mark.parametrize(
