@@ -33,7 +33,7 @@ def viewer_result(captions: Sequence[Caption], without: Sequence[tuple[list[floa
         photo: a data URI; width, height: its pixels; heads: maps of each word; regions: weights of each map; grid:
         their rows and columns; displacement: see `Caption`; most: the regions that `without` hides; captions: the
         caption and its alternatives, see `viewer_caption`; hidden: the same without the regions that are hidden, or
-        None.
+        None; hidden_regions: how many these are.
     """
     caption = captions[0]
     photo = page_photo(caption)
@@ -52,6 +52,7 @@ def viewer_result(captions: Sequence[Caption], without: Sequence[tuple[list[floa
         "most": without[0][1] if without else None,
         "captions": shown[0],
         "hidden": shown[1] if len(shown) > 1 else None,
+        "hidden_regions": 0 if captions[-1].mask is None else int((~captions[-1].mask).sum()),
     }
 
 

@@ -330,6 +330,7 @@ def test_regions_are_hidden_by_the_pointer_and_the_caption_stands_beside_the_fir
     expect(page.locator("#viewer .words:not(.before) .word")).to_have_text(list(caption.words))
     expect(page.locator("#viewer .before .word")).to_have_text(before)
     assert page.locator("#viewer .stage").bounding_box()["y"] == pytest.approx(place, abs=1)
+    expect(page.locator("#viewer .sentences h3")).to_have_text(["All regions", "Without 5 of 64 regions"])
     changed = page.locator("#viewer .words:not(.before) .changed .word").all_inner_texts()
     assert changed
     assert [word for word in caption.words if word not in before] == [word for word in changed if word not in before]

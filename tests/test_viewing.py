@@ -140,6 +140,7 @@ def test_the_view_has_what_is_hidden_and_what_the_words_rest_on(small):
     shown = viewer_result([caption, hidden], [(without.tolist(), 1), ([0.5] * len(hidden.words), 1)])
     assert json.loads(json.dumps(shown))["grid"] == [2, 3]
     assert shown["most"] == 1
+    assert shown["hidden_regions"] == (~hidden.mask).sum() > 0
     (first, other), (changed, _) = shown["captions"], shown["hidden"]
     assert [word["without"] for word in first["words"]] == pytest.approx(without.tolist())
     assert [word["evidence"]["peak"] for word in first["words"]] == pytest.approx(caption.evidence.max(axis=(1, 2)))

@@ -57,7 +57,7 @@ function answer({ preview, hidden, captions, ...result }) {
     props.value = { results: [{ model: "Caption", ...result, photo: URL.createObjectURL(preview), captions }], asked: latest };
   } else {
     const [whole] = props.value.results;
-    props.value = { ...props.value, results: [{ ...whole, hidden: hidden.length ? captions : null }] };
+    props.value = { ...props.value, results: [{ ...whole, hidden: hidden.length ? captions : null, hidden_regions: hidden.length }] };
   }
   show();
   const seconds = ((performance.now() - asked) / 1000).toFixed(1);

@@ -39,6 +39,7 @@ function regionBoard(one, boxes, change) {
 
   function set(region, value) {
     if (value && hidden.filter((each) => !each).length === 1) return; // the network has to look somewhere
+    if (!cells[region][2] || !cells[region][3]) return; // where the displacement leaves it no room
     boxes = boxes.filter((box) => !within(box, ...middle(cells[region])));
     if (value) boxes.push(cells[region]);
     hidden[region] = value;
@@ -49,6 +50,7 @@ function regionBoard(one, boxes, change) {
     if (region >= 0 && hidden[region] !== drawing) set(region, drawing);
   }
   function end() {
+    if (drawing === null) return;
     drawing = null;
     board.classList.remove("drawing");
     change(boxes);
@@ -58,10 +60,8 @@ function regionBoard(one, boxes, change) {
     const [down, right] = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key] || [];
     if (down === undefined) return;
     event.preventDefault();
-    const next = buttons[Math.min(rows - 1, Math.max(0, row + down)) * columns + Math.min(columns - 1, Math.max(0, column + right))];
-    buttons[region].tabIndex = -1;
-    next.tabIndex = 0;
-    next.focus();
+    const inside = (place, count) => Math.min(count - 1, Math.max(0, place));
+    buttons[inside(row + down, rows) * columns + inside(column + right, columns)].focus();
   }
   const buttons = cells.map((_, region) =>
     make("button", {
@@ -91,8 +91,9 @@ function regionBoard(one, boxes, change) {
       drawing = !hidden[region];
       board.classList.add("drawing");
       draw(event);
-      document.addEventListener("pointerup", end, { once: true });
+      for (const name of ["pointerup", "pointercancel"]) document.addEventListener(name, end, { once: true });
     },
+    onfocusin: ({ target }) => buttons.forEach((button) => (button.tabIndex = button === target ? 0 : -1)),
     onpointermove: (event) => { if (drawing !== null) draw(event); },
   }, ...buttons);
   return board;

@@ -155,14 +155,13 @@ function result(one, number, alone, redrawAll) {
     pinned = null;
     buttons = [];
     const { words } = caption();
-    const [gone, come] = before ? changedWords(...[before.words, words].map((line) => line.map((each) => each.word))) : [new Set(), new Set()];
+    const [gone, come] = changedWords(...[before ? before.words : words, words].map((line) => line.map((each) => each.word)));
     sentences.replaceChildren();
     if (before) {
-      const count = regionsIn(question.hide, cellsOf(one)).length;
       const news = come.size + gone.size ? `${come.size} of ${words.length} words are new` : "The words stay the same";
       sentences.append(
         make("h3", {}, "All regions"), sentence(before.words, gone, "words before"),
-        make("h3", {}, `Without ${count} of ${one.regions} regions`), sentence(words, come, "words"),
+        make("h3", {}, `Without ${one.hidden_regions} of ${one.regions} regions`), sentence(words, come, "words"),
         make("p", { class: "note" }, `${news}.`),
       );
     } else sentences.append(sentence(words, come, "words"));
@@ -308,7 +307,8 @@ function tools(redraw) {
   );
   const show = () => kinds.forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.key === view.of)));
   show();
-  if (props.measures) node.append(make("div", { class: "bar switch", role: "group", "aria-label": "What the maps show" }, ...kinds, make("details", {}, make("summary", {}, "Why they differ"), make("p", { class: "note" }, WHY))));
+  const why = make("details", {}, make("summary", {}, "Why they differ"), make("p", { class: "note" }, WHY));
+  if (props.measures) node.append(make("div", { class: "bar switch", role: "group", "aria-label": "What the maps show" }, ...kinds, why));
   const all = make("button", { type: "button", "data-key": "all", onclick: () => question.hide.length && ask({ hide: [] }) }, "Show all regions");
   node.append(make("div", { class: "bar" }, make("span", {}, "Click or drag over the photo to hide regions of it."), all));
   return node;
@@ -355,7 +355,7 @@ function render() {
   const topOf = () => root.querySelector(".stage")?.getBoundingClientRect().top;
   const before = topOf();
   root.replaceChildren(tools(redraw), make("div", { class: "results" }, ...shown.map((each) => each.node)), bar);
-  if (key) root.querySelector(`[data-key="${key}"]`).focus({ preventScroll: true });
+  if (key) root.querySelector(`[data-key="${key}"]`)?.focus({ preventScroll: true });
   // The photo stays under the pointer when a caption more or less stands above it.
   if (before !== undefined && value.asked === drawnFor) scrollBy(0, topOf() - before);
   drawnFor = value.asked;
