@@ -47,17 +47,18 @@ NOUNS = frozenset(
     "giraffes zebra zebras bear bears duck ducks animal animals ball frisbee bat racket racquet toy toys stick bone "
     "hurdle skateboard snowboard surfboard skis kite kites bike bikes bicycle bicycles motorcycle motorcycles scooter "
     "car cars truck bus train plane airplane jet boat boats kayak canoe raft wheel tire water pool ocean lake river "
-    "stream pond waterfall fountain wave waves beach shore sand grass lawn field snow ice dirt mud rock rocks mountain "
-    "mountains hill cliff tree trees forest woods leaves flower flowers plant plants sky cloud clouds sunset street "
-    "road sidewalk path trail track tracks bridge building buildings house church tower wall fence gate stairs steps "
-    "ramp rail railing pole sign signs hydrant bench city town yard park playground court room kitchen bathroom "
-    "bedroom table desk chair chairs couch sofa bed counter shelf floor window windows door mirror sink toilet bathtub "
-    "shower tub oven stove refrigerator microwave clock lamp television tv laptop computer keyboard phone cellphone camera "
-    "guitar microphone book books umbrella umbrellas bag bags backpack suitcase luggage hat helmet cap shirt jacket "
-    "coat shorts pants jeans dress suit tie costume bikini scarf gloves shoes boots glasses sunglasses goggles leash "
-    "collar face head hair eyes mouth nose ears tongue hand hands arm arms legs feet body plate bowl cup glass bottle "
-    "vase tray food pizza sandwich cake bread fruit apple apples banana bananas oranges vegetables broccoli carrots "
-    "salad meat cheese donuts wine beer rope swing slide trampoline tent flag wagon cart carriage".split()
+    "stream pond waterfall fountain wave waves beach shore sand grass lawn field snow ice dirt mud rock rocks "
+    "mountain mountains hill cliff tree trees forest woods leaves flower flowers plant plants sky cloud clouds sunset "
+    "street road sidewalk path trail track tracks bridge building buildings house church tower wall fence gate stairs "
+    "steps ramp rail railing pole sign signs hydrant bench city town yard park playground court room kitchen bathroom "
+    "bedroom table desk chair chairs couch sofa bed counter shelf floor window windows door mirror sink toilet "
+    "bathtub shower tub oven stove refrigerator microwave clock lamp television tv laptop computer keyboard phone "
+    "cellphone camera guitar microphone book books umbrella umbrellas bag bags backpack suitcase luggage hat helmet "
+    "cap shirt jacket coat shorts pants jeans dress suit tie costume bikini scarf gloves shoes boots glasses "
+    "sunglasses goggles leash collar face head hair eyes mouth nose ears tongue hand hands arm arms legs feet body "
+    "plate bowl cup glass bottle vase tray food pizza sandwich cake bread fruit apple apples banana bananas oranges "
+    "vegetables broccoli carrots salad meat cheese donuts wine beer rope swing slide trampoline tent flag wagon cart "
+    "carriage".split()
 )
 # Shares of the regions that are hidden, beside none and all of them.
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
