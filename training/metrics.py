@@ -63,6 +63,17 @@ def attention_entropy(maps: Sequence[np.ndarray]) -> tuple[float, float]:
     return entropy, entropy / math.log(flat.shape[1]) if flat.shape[1] > 1 else 0.0
 
 
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation of two lists of numbers, -1 to 1; equal numbers share the mean of their ranks.
+
+    Returns:
+        0 where it is not defined: for fewer than two numbers, or where those of one list are all equal.
+    """
+    ranks = [np.searchsorted(np.sort(x), x) + np.searchsorted(np.sort(x), x, side="right") for x in (a, b)]
+    varied = len(a) > 1 and all(np.ptp(rank) > 0 for rank in ranks)
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if varied else 0.0
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The relation of captions' quality to the model's confidence in them.
@@ -85,13 +96,11 @@ def calibration(confidence: Sequence[float], quality: Sequence[float], groups: i
         groups: number of groups of about equal size; fewer if there are fewer captions.
     """
     sure, good = np.asarray(confidence, dtype=float), np.asarray(quality, dtype=float)
-    ranks = [np.searchsorted(np.sort(x), x) + np.searchsorted(np.sort(x), x, side="right") for x in (sure, good)]
-    varied = len(sure) > 1 and all(np.ptp(rank) > 0 for rank in ranks)
     order = np.argsort(sure, kind="stable")
     parts = np.array_split(order, min(groups, len(order)))
     firsts = np.cumsum([0, *(len(part) for part in parts[:-1])])
     return Calibration(
-        float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if varied else 0.0,
+        rank_correlation(sure, good),
         [
             {
                 "confidence from": float(sure[part[0]]),
