@@ -260,12 +260,7 @@ def break_off(url: str, case: Case) -> None:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
     try:
         if isinstance(case.expected, str) and isinstance(case.photo, Path):
-            body, headers = form(case.photo)
-            connection.putrequest("POST", "/gradio_api/upload")
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                connection.putheader(name, value)
-            connection.endheaders()
-            connection.send(body[: len(body) // 2])
+            send_half(connection, case.photo)
         elif isinstance(case.photo, Path):
             connection.request("GET", f"/gradio_api/call/caption/{start(url, upload(url, case.photo))}")
             connection.sock.settimeout(0.05)
@@ -274,6 +269,16 @@ def break_off(url: str, case: Case) -> None:
         pass
     finally:
         connection.close()
+
+
+def send_half(connection: http.client.HTTPConnection, photo: Path) -> None:
+    """Begin an upload and send half of it."""
+    body, headers = form(photo)
+    connection.putrequest("POST", "/gradio_api/upload")
+    for name, value in {**headers, "Content-Length": str(len(body))}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    connection.send(body[: len(body) // 2])
 
 
 class HealthWatch(threading.Thread):
