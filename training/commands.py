@@ -39,3 +39,8 @@ def prepare() -> int:
 def bulk() -> int:
     """`captioner-bulk`."""
     return run("bulk")
+
+
+def shard() -> int:
+    """`captioner-shard`."""
+    return run("shard")

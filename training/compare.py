@@ -132,7 +132,11 @@ def measure(config: TrainConfig) -> dict[str, float]:
     of them follow as "NAME CIDEr".
     """
     captioner = Captioner.from_pretrained(config.output, config.device, engine="torch")
-    dev = {dataset.name: dataset.splits["dev"] for dataset in read_sources(config.data) if dataset.splits["dev"]}
+    dev = {
+        dataset.name: dataset.splits["dev"]
+        for dataset in read_sources(config.data, config.cache)
+        if dataset.splits["dev"]
+    }
     evaluations = {name: evaluate(captioner, items, beam_size=5) for name, items in dev.items()}
     left_out = {metric: why for one in evaluations.values() for metric, why in one.scores.left_out.items()}
     for metric, why in left_out.items():
@@ -217,14 +221,14 @@ def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     plot.savefig(path, format="png", dpi=110)
 
 
-def photo_of(word: str, config: TrainConfig) -> Path:
+def photo_of(word: str, config: TrainConfig) -> Path | bytes:
     """The dev image with the word in most of its captions."""
-    items = [item for dataset in read_sources(config.data) for item in dataset.splits["dev"]]
+    items = [item for dataset in read_sources(config.data, config.cache) for item in dataset.splits["dev"]]
 
     def mentions(item: CaptionedImage) -> int:
         return sum(word in caption.lower().split() for caption in item.captions)
 
-    return max(items, key=mentions).path
+    return max(items, key=mentions).source()
 
 
 def same_word(photo: Image.Image, sentence: str, word: str, models: Mapping[str, Captioner]) -> Image.Image:

@@ -43,8 +43,9 @@ class TrainConfig:
 
     data: tuple[str, ...] = option(
         ("flickr8k",),
-        "a data set, as NAME=FOLDER (flickr8k, flickr30k, coco; NAME alone: data/NAME), or your own captions, as "
-        "FILE.csv, FILE.jsonl or NAME=FILE; may be given several times",
+        "a data set, as NAME=FOLDER (flickr8k, flickr30k, coco; NAME alone: data/NAME), your own captions, as "
+        "FILE.csv, FILE.jsonl or NAME=FILE, or WebDataset shards, as 'train-{000..127}.tar', an address, "
+        "'pipe:COMMAND', or NAME= and one of these; may be given several times",
     )
     data_weight: tuple[str, ...] = option(
         (), "NAME=WEIGHT: weight of the loss on this data set's captions, 1 by default; may be given several times"
@@ -145,7 +146,7 @@ class TrainConfig:
     compile: bool = option(False, "compile the encoder with torch.compile, for long runs")
     workers: int = option(2, "processes that load images in stage two; 0: none")
     checkpoint_every: int = option(500, "steps between checkpoints within an epoch; one follows every epoch")
-    cache: str = option("", "folder for cached features; empty: captioner/ in the user's cache folder")
+    cache: str = option("", "folder for cached features and shards; empty: captioner/ in the user's cache folder")
     resume: bool = option(False, "continue from the last checkpoint in the run folder, if there is one")
 
 

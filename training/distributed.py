@@ -1,6 +1,7 @@
 """One process or many: the collective operations of a run."""
 
 import contextlib
+import datetime
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PATIENCE = datetime.timedelta(hours=6)  # of a collective operation
+
 
 @dataclass(frozen=True)
 class Distributed:
@@ -18,11 +21,14 @@ class Distributed:
     rank: number of this process.
     size: number of processes.
     device: that this process computes on.
+    local_rank, local_size: the same as rank and size, among the processes on this machine.
     """
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -59,6 +65,9 @@ class Distributed:
         return self.gather(value)[0]
 
 
+ALONE = Distributed(0, 1, torch.device("cpu"))
+
+
 @contextlib.contextmanager
 def distributed(device: str = "auto") -> Iterator[Distributed]:
     """Join the process group if `torchrun` started this process, and leave it at the end.
@@ -85,8 +94,10 @@ def distributed(device: str = "auto") -> Iterator[Distributed]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    # The others wait while one process reads or copies images; if it fails, torchrun ends them at once.
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield Distributed(dist.get_rank(), dist.get_world_size(), chosen)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        yield Distributed(dist.get_rank(), dist.get_world_size(), chosen, local_rank, local_size)
     finally:
         dist.destroy_process_group()

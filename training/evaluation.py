@@ -39,7 +39,7 @@ FIGURES = {
 class Evaluation:
     """A model's captions of a split of one data set with one beam size, and their scores.
 
-    captions: path of an image -> its caption, with a small copy of the photograph.
+    captions: key of an image -> its caption, with a small copy of the photograph.
     figures: see `metrics.diversity` and `metrics.attention_entropy`.
     calibration: of the model's confidence, by the CIDEr of each caption.
     unreadable: a message for each image that was skipped.
@@ -90,7 +90,7 @@ def evaluate(
     unreadable: list[str] = []
     started = time.perf_counter()
     found = captioner.stream(
-        (item.path for item in items), beam_size=beam_size, batch_size=batch_size, alternatives=0, **options
+        (item.source() for item in items), beam_size=beam_size, batch_size=batch_size, alternatives=0, **options
     )
     progress = tqdm(found, f"beam {beam_size}", len(items), disable=not sys.stderr.isatty())
     for item, result in zip(items, progress, strict=True):
@@ -99,11 +99,11 @@ def evaluate(
             unreadable.append(str(result))
         else:
             # There are thousands of photographs, and the report shows them in this size.
-            captions[str(item.path)] = dataclasses.replace(result, image=shrink(result.image, PREVIEW))
+            captions[item.key] = dataclasses.replace(result, image=shrink(result.image, PREVIEW))
     seconds = time.perf_counter() - started
     if not captions:
         raise ValueError(f"none of the {len(items)} images could be read")
-    references = {str(item.path): item.captions for item in items if str(item.path) in captions}
+    references = {item.key: item.captions for item in items if item.key in captions}
     scores = score({path: str(caption) for path, caption in captions.items()}, references)
     figures = diversity([caption.words for caption in captions.values()], known)
     maps = all_maps([caption for caption in captions.values() if caption.words])
@@ -139,13 +139,13 @@ def captions_json(evaluation: Evaluation, items: Sequence[CaptionedImage]) -> li
     return [
         {
             "data": item.dataset,
-            "image": item.path.name,
-            **evaluation.captions[str(item.path)].to_dict(),
+            "image": item.name,
+            **evaluation.captions[item.key].to_dict(),
             "references": list(item.captions),
-            "scores": evaluation.scores.per_image[str(item.path)],
+            "scores": evaluation.scores.per_image[item.key],
         }
         for item in items
-        if str(item.path) in evaluation.captions
+        if item.key in evaluation.captions
     ]
 
 

@@ -94,13 +94,13 @@ def check_pointing(
         raise ValueError("these photographs show no two different things that can be told apart")
     generator = random.Random(seed)
     halves = [generator.choice(kinds) for _ in range(pairs)]
-    chosen = [[generator.choice(by_thing[thing]).path for thing in both] for both in halves]
+    chosen = [[generator.choice(by_thing[thing]) for thing in both] for both in halves]
     shown: list[tuple[str, str]] = []
 
     def pictures() -> Iterator[Image.Image]:
-        for both, paths in zip(halves, chosen, strict=True):
+        for both, pair in zip(halves, chosen, strict=True):
             try:
-                left, right = map(load_image, paths)
+                left, right = (load_image(item.source()) for item in pair)
             except ImageError as error:
                 log.warning("skipped: %s", error)
             else:

@@ -75,12 +75,12 @@ def write_report(
 def section(name: str, number: int, evaluation: Evaluation, items: Sequence[CaptionedImage], most: int) -> str:
     """One data set: the calibration of the confidence, then the worst and the best captions."""
     scores = evaluation.scores.per_image
-    shown = [item for item in items if str(item.path) in evaluation.captions]
-    ranked = sorted(shown, key=lambda item: scores[str(item.path)]["CIDEr"])
+    shown = [item for item in items if item.key in evaluation.captions]
+    ranked = sorted(shown, key=lambda item: scores[item.key]["CIDEr"])
     parts = [calibration_table(name, evaluation.calibration)]
     for kind, chosen in (("worst", ranked[:most]), ("best", ranked[::-1][:most])):
         parts.append(f'<h2 id="{kind}-{number}">{html.escape(name)}: the {len(chosen)} {kind}</h2>\n')
-        parts += [entry(item, evaluation.captions[str(item.path)], scores[str(item.path)]) for item in chosen]
+        parts += [entry(item, evaluation.captions[item.key], scores[item.key]) for item in chosen]
     return "".join(parts)
 
 
@@ -104,7 +104,7 @@ def entry(item: CaptionedImage, caption: Caption, scores: dict[str, float]) -> s
     picture = caption.figure(tile=PREVIEW) if caption.words else shrink(caption.image, PREVIEW)
     return f"""<article>
 <h3>{html.escape(caption.sentence())}</h3>
-<p class="scores">{html.escape(item.path.name)} · {figures} · confidence {caption.confidence:.2f}</p>
+<p class="scores">{html.escape(item.name)} · {figures} · confidence {caption.confidence:.2f}</p>
 <img alt="{html.escape(str(caption) or "a photograph without a caption")}" src="{data_uri(picture)}" loading="lazy">
 <ul>{references}</ul>
 </article>

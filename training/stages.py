@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from captioner.vocabulary import Vocabulary
 
 from .config import TrainConfig
 from .data.batches import encode_captions
-from .data.features import cached_maps
+from .data.features import cache_folder, cached_maps
 from .data.images import BlankSource, FeatureSource, ImageSource, MapSource, Source
 from .data.items import CaptionedImage, DatasetError
 from .distributed import Distributed
@@ -60,7 +59,7 @@ def plan(
         OSError: the disk has no space for the cache.
         ValueError: the encoder has no block of the name in `finetune_from`.
     """
-    cache = Path(config.cache) if config.cache else default_cache()
+    cache = cache_folder(config.cache)
     plain, plain_dev = (ImageSource(items, preprocessing, augment=False) for items in (train_items, dev_items))
     augmented = ImageSource(
         train_items, preprocessing, config.augment, config.seed, config.crop_area, config.colour_change
@@ -138,8 +137,3 @@ def language_captions(path: Path, vocabulary: Vocabulary, max_length: int) -> li
         raise DatasetError(f"{path} holds no caption")
     groups = [CaptionedImage(path, tuple(lines[first : first + 5])) for first in range(0, len(lines), 5)]
     return [encode_captions(group, vocabulary, max_length) for group in groups]
-
-
-def default_cache() -> Path:
-    """The default folder of cached features."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner"

@@ -14,7 +14,7 @@ from captioner.files import replacing
 from captioner.modelfile import MODEL_FILE
 
 from .config import TrainConfig
-from .data.sources import parse_source
+from .data.sources import source_name
 
 STATE = "training-state.safetensors"
 # What may change between a run and its continuation without changing what the run computes.
@@ -177,5 +177,5 @@ def remove_leftovers(folder: Path) -> None:
 def options_for_resuming(config: TrainConfig) -> dict[str, Any]:
     """The options as they are after a round trip through JSON; of the data sets only the names, as folders may move."""
     options: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    options["data"] = [parse_source(source)[0] for source in config.data]
+    options["data"] = [source_name(source) for source in config.data]
     return options

@@ -22,7 +22,7 @@ from captioner.network.model import ShowAttendTell
 from captioner.vocabulary import Vocabulary
 
 from .config import TrainConfig, data_weights, parse_arguments
-from .data.features import readable
+from .data.features import unreadable
 from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
 from .distributed import Distributed, distributed
@@ -103,17 +103,17 @@ def train(config: TrainConfig, processes: Distributed) -> float:
 
 def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
     """The training and dev items whose images are readable; the others are logged and counted."""
-    datasets = read_sources(config.data)
+    datasets = read_sources(config.data, config.cache, processes)
     if unknown := data_weights(config).keys() - {dataset.name for dataset in datasets}:
         raise DatasetError(f"data_weight names {', '.join(sorted(unknown))}, which is no data set of this run")
     splits = {}
     problems = [problem for dataset in datasets for problem in dataset.problems]
     for split in ("train", "dev"):
         items = [item for dataset in datasets for item in dataset.splits.get(split, ())]
-        good, unreadable = processes.agree(readable(items, processes.quiet) if processes.is_first else None)
-        splits[split] = good
-        problems += unreadable
-        if not good:
+        damaged = processes.agree(unreadable(items, processes.quiet) if processes.is_first else None)
+        splits[split] = [item for item in items if item.key not in damaged] if damaged else items
+        problems += damaged.values()
+        if not splits[split]:
             of_sets = ", ".join(f"{dataset.name} ({dataset.layout})" for dataset in datasets)
             raise DatasetError(f"there is no usable image in the {split} split of {of_sets}")
     for problem in problems[:20]:

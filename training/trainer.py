@@ -20,7 +20,7 @@ from captioner.vocabulary import Vocabulary
 
 from .best_model import BestModel
 from .config import TrainConfig, data_weights
-from .data.batches import Batch, EpochBatches, encode_captions
+from .data.batches import Batch, EpochBatches, encode_captions, file_numbers
 from .data.images import ImageSource
 from .data.items import CaptionedImage
 from .distributed import Distributed
@@ -68,6 +68,7 @@ class Trainer:
         self.captions = [encode_captions(item, vocabulary, config.max_length) for item in train]
         weights = data_weights(config)
         self.weights = [weights.get(item.dataset, 1.0) for item in train]
+        self.files = file_numbers(train)
         self.validation = Validation(dev, vocabulary, config.monitor_beam, distributed)
         self.best_model = BestModel(config, vocabulary, preprocessing)
         self.history = History(self.output) if distributed.is_first else None
@@ -214,6 +215,7 @@ class Trainer:
             self.distributed.rank,
             self.distributed.size,
             self.weights if stage.captions is None else None,
+            self.files if stage.captions is None else None,
         )
 
     def save(self) -> None:
@@ -224,7 +226,7 @@ class Trainer:
     def not_finite(self, loss: float, batch: Batch) -> TrainingError:
         """The error for a loss that is not finite; it names the step and the first images."""
         progress, of_images = self.progress, self.stages[self.progress.stage].captions is None
-        names = [self.train_items[index].path.name for index in batch.indices[:4] if of_images]
+        names = [self.train_items[index].name for index in batch.indices[:4] if of_images]
         return TrainingError(
             f"the loss is {loss} in step {progress.step} (stage {progress.stage + 1}, epoch {progress.epoch + 1}, "
             f"batch {progress.batch}: {', '.join(names)} ...); the last checkpoint in {self.output} is kept. "

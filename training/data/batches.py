@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from captioner.vocabulary import PAD, Vocabulary
 from ..words import tokenize
 from .images import Source
 from .items import CaptionedImage
+
+SHUFFLE_BUFFER = 10_000
 
 
 class Batch(NamedTuple):
@@ -44,6 +47,37 @@ def encode_captions(item: CaptionedImage, vocabulary: Vocabulary, max_length: in
     return sorted(cut, key=len, reverse=True)
 
 
+def file_numbers(items: Sequence[CaptionedImage]) -> list[int] | None:
+    """The number of the file that each image lies in; None where every image has a file of its own."""
+    if not any(item.member for item in items):
+        return None
+    numbers: dict[Path, int] = {}
+    return [numbers.setdefault(item.path, len(numbers)) for item in items]
+
+
+def epoch_order(
+    count: int, generator: torch.Generator, files: Sequence[int] | None = None, buffer: int = SHUFFLE_BUFFER
+) -> list[int]:
+    """A random order of images. Of many images in few files, `buffer` images are shuffled at a time.
+
+    The files come in random order, and within a buffer the images do. So at any time images are read from as few files
+    as a buffer holds, and each file is read in one part of the epoch.
+
+    Args:
+        count: number of images.
+        generator: source of the random numbers.
+        files: number of the file that each image lies in; None for an order that does not depend on the files.
+        buffer: images that are shuffled together.
+    """
+    order = torch.randperm(count, generator=generator)
+    if files is None or count <= buffer:
+        return order.tolist()
+    place = torch.randperm(max(files) + 1, generator=generator)
+    order = order[place[torch.tensor(files)[order]].argsort(stable=True)]
+    blocks = (block[torch.randperm(len(block), generator=generator)] for block in order.split(buffer))
+    return torch.cat(list(blocks)).tolist()
+
+
 class EpochBatches(Dataset[Batch]):
     """The batches of one epoch: every image once, in random order. Each process gets its share of each batch.
 
@@ -54,6 +88,7 @@ class EpochBatches(Dataset[Batch]):
         seed, epoch: decide the order.
         rank, size: number of this process, and number of processes.
         weights: weight of each image in the loss; None for 1.
+        files: number of the file that each image lies in, such as a shard; None if the order does not depend on them.
     """
 
     def __init__(
@@ -66,12 +101,13 @@ class EpochBatches(Dataset[Batch]):
         rank: int = 0,
         size: int = 1,
         weights: Sequence[float] | None = None,
+        files: Sequence[int] | None = None,
     ) -> None:
         self.source, self.captions = source, captions
         self.weights = weights or [1.0] * len(captions)
         self.epoch, self.rank, self.size = epoch, rank, size
         generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
-        order = torch.randperm(len(captions), generator=generator).tolist()
+        order = epoch_order(len(captions), generator, files)
         self.batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def __len__(self) -> int:

@@ -32,6 +32,11 @@ except ImportError:  # on Windows, where unfinished files are not removed
 log = logging.getLogger("training")
 
 
+def cache_folder(chosen: str = "") -> Path:
+    """The folder of cached features and shards: the chosen one, or by default captioner/ in the user's cache folder."""
+    return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captioner")
+
+
 def cached_maps(
     encoder: Encoder,
     photographs: ImageSource,
@@ -130,12 +135,17 @@ def reserve(path: Path, shape: tuple[int, ...]) -> BinaryIO:
     return file
 
 
-def lock(file: BinaryIO) -> bool:
-    """Lock a file until it is closed or the process ends. Returns False if it is locked, or locks are not supported."""
+def lock(file: BinaryIO, wait: bool = False) -> bool:
+    """Lock a file until it is closed or the process ends. Returns False if it is locked, or locks are not supported.
+
+    Args:
+        file: an open file.
+        wait: whether to wait until no other process has locked it.
+    """
     if fcntl is None:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         return False
     return True
@@ -152,7 +162,7 @@ def remove_leftovers(cache: Path) -> None:
 def features_key(encoder: Encoder, photographs: ImageSource, view: int = 0, below: bool = False) -> str:
     """A digest of everything that the features depend on."""
     key = hashlib.sha256()
-    files = [(item.path.name, (stat := item.path.stat()).st_size, stat.st_mtime_ns) for item in photographs.items]
+    files = [item.version() for item in photographs.items]
     grid = None if below else encoder.grid
     cut = encoder.parts[0].code if below else None
     augmentation = [*photographs.augmentation, view] if photographs.augment else None
@@ -165,8 +175,9 @@ def features_key(encoder: Encoder, photographs: ImageSource, view: int = 0, belo
     return key.hexdigest()[:24]
 
 
-def readable(items: Sequence[CaptionedImage], quiet: bool) -> tuple[list[CaptionedImage], list[str]]:
-    """The items whose image can be decoded, and a message for each of the others."""
+def unreadable(items: Sequence[CaptionedImage], quiet: bool) -> dict[str, str]:
+    """The key of each image that cannot be decoded, and why. Images in shards were checked when they were indexed."""
+    own = [item for item in items if item.member is None]
 
     def problem(item: CaptionedImage) -> str | None:
         try:
@@ -176,6 +187,5 @@ def readable(items: Sequence[CaptionedImage], quiet: bool) -> tuple[list[Caption
         return None
 
     with ThreadPoolExecutor() as threads:
-        problems = list(tqdm(threads.map(problem, items), "checking images", len(items), disable=quiet, unit="image"))
-    good = [item for item, reason in zip(items, problems, strict=True) if reason is None]
-    return good, [reason for reason in problems if reason is not None]
+        problems = list(tqdm(threads.map(problem, own), "checking images", len(own), disable=quiet, unit="image"))
+    return {item.key: reason for item, reason in zip(own, problems, strict=True) if reason is not None}

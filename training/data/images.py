@@ -91,7 +91,7 @@ class ImageSource:
 
     def one(self, index: int, epoch: int) -> Image.Image:
         """One image, augmented if this source augments."""
-        image = load_image(self.items[index].path)
+        image = load_image(self.items[index].source())
         if not self.augment:
             return image
         seed, crop_area, colour_change = self.augmentation

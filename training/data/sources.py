@@ -1,4 +1,4 @@
-"""The values of `--data`: public data sets in their folders, and files of your own captions.
+"""The values of `--data`: public data sets in their folders, files of your own captions, and shards.
 
 A file of captions follows the ImageFolder convention of Hugging Face datasets. A CSV file has the columns `file_name`
 and `text`, a JSON Lines file has an object with these keys on each line, where `text` may also be a list of captions.
@@ -12,11 +12,14 @@ import json
 import logging
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..distributed import ALONE, Distributed
 from .datasets import read_dataset
+from .features import cache_folder
 from .items import SPLITS, CaptionDataset, CaptionedImage, DatasetError
 from .layouts import text_lines
 
@@ -30,19 +33,27 @@ DEV_SHARE = TEST_SHARE = 0.1
 MINIMUM_DEV = 2
 
 
-def read_sources(sources: Sequence[str]) -> list[CaptionDataset]:
+def read_sources(sources: Sequence[str], cache: str = "", processes: Distributed = ALONE) -> list[CaptionDataset]:
     """Read the data sets that `--data` names.
 
     Args:
-        sources: as in `parse_source`.
+        sources: as in `parse_source` and `shard_source`. Shards of one name, given separately, are one data set.
+        cache: where copies and indexes of shards are kept; see `cache_folder`.
+        processes: that read the same data sets.
 
     Raises:
         DatasetError: one cannot be read, or two have the same name.
+        OSError: the cache cannot be written.
     """
     datasets = []
-    for name, place in map(parse_source, sources):
+    shards = [found for source in sources if (found := shard_source(source))]
+    for name, place in (parse_source(source) for source in sources if not shard_source(source)):
         own = place.suffix.lower() in OWN_CAPTIONS
         datasets.append(read_captions(name, place) if own else read_dataset(name, place))
+    if shards:
+        from .shards import read_shards  # webdataset takes half a second to import
+
+        datasets += read_shards(shards, cache_folder(cache), processes)
     names = [dataset.name for dataset in datasets]
     if twice := {name for name in names if names.count(name) > 1}:
         raise DatasetError(f"two data sets have the name {', '.join(sorted(twice))}; name each with NAME=...")
@@ -74,6 +85,23 @@ def parse_source(source: str) -> tuple[str, Path]:
     if not equals and Path(source).suffix.lower() in OWN_CAPTIONS:
         return Path(source).stem, Path(source)
     return name, Path(place or f"data/{name}")
+
+
+def shard_source(source: str) -> tuple[str, str] | None:
+    """The name of a data set in shards, perhaps empty, and their files or addresses; None if it is not in shards.
+
+    Args:
+        source: "SHARDS" or "NAME=SHARDS", where SHARDS ends in .tar, has a scheme as in "https://", or is a command
+            after "pipe:"; see `shards.expand`.
+    """
+    match = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", source)
+    name, place = match.groups("") if match else ("", source)
+    return (name, place) if place.endswith(".tar") or re.match(r"pipe:|\w+://", place) else None
+
+
+def source_name(source: str) -> str:
+    """The name of a data set, whose files may move; empty for shards that have none."""
+    return (shard_source(source) or parse_source(source))[0]
 
 
 class _Row(NamedTuple):
