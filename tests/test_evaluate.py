@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +65,26 @@ def run(model, root, output, *more):
     return evaluate.main(
         ["--model", str(model), "--data", f"flickr8k={root}", "--output", str(output), "--batch-size", "4", *more]
     )
+
+
+def test_two_processes_give_the_scores_of_one(model, root, tmp_path):
+    assert run(model, root, tmp_path / "one", "--beam-size", "1", "3") == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    arguments = ["--model", model, "--data", f"flickr8k={root}", "--beam-size", "1", "3", "--output", tmp_path / "two"]
+    # Without Java, which is looked for in the PATH.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "PATH": ""}
+    done = subprocess.run(
+        [*launcher, "training.evaluate", *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| flickr8k |") == 2  # printed by one process
+    one, two = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("one", "two"))
+    for figures in (one, two):
+        for evaluation in figures["evaluations"]:
+            assert evaluation["sets"]["flickr8k"].pop("images_per_second") > 0
+    assert one["evaluations"] == two["evaluations"]
+    captions = [json.loads((tmp_path / name / "captions.json").read_text()) for name in ("one", "two")]
+    assert [entry["caption"] for entry in captions[0]] == [entry["caption"] for entry in captions[1]]
 
 
 def test_a_broken_image_is_named_and_the_rest_are_scored(model, root, tmp_path, capsys):

@@ -120,6 +120,9 @@ class TrainConfig:
         ("others", "greedy"),
     )
     batch_size: int = option(32, "images in a batch, over all processes; each comes with all its captions")
+    accumulate: int = option(
+        1, "parts that a batch is computed in, one after the other, for less memory; the loss is that of the batch"
+    )
     warmup_steps: int = option(200, "steps over which each stage's learning rate rises to its peak")
     final_rate: float = option(0.05, "share of the peak that the cosine ends each stage with")
     weight_decay: float = option(0.01, "AdamW's weight decay, on matrices and kernels only")
@@ -244,6 +247,7 @@ def check(config: TrainConfig) -> None:
     data_weights(config)
     for name in (
         "batch_size",
+        "accumulate",
         "minimum_count",
         "max_length",
         "grid",

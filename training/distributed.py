@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = datetime.timedelta(hours=6)  # of a collective operation
+PATIENCE = datetime.timedelta(minutes=30)  # of a collective operation, until a machine is taken to be gone
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def distributed(device: str = "auto") -> Iterator[Distributed]:
         device: "cpu", "cuda", "cuda:1", "mps", or "auto" for a GPU where there is one.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device, or processes could not be started again.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -94,7 +94,10 @@ def distributed(device: str = "auto") -> Iterator[Distributed]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    # The others wait while one process reads or copies images; if it fails, torchrun ends them at once.
+    # As of PyTorch 2.14 a process that is started again finds the addresses of ended ones in torchrun's own store.
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shares_store and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise ValueError("torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))

@@ -1,9 +1,13 @@
-"""Score a model: `python -m training.evaluate --model runs/flickr8k --data flickr8k=data/flickr8k --split dev`."""
+"""Score a model: `python -m training.evaluate --model runs/flickr8k --data flickr8k=data/flickr8k --split dev`.
+
+The same command under `torchrun --nproc-per-node N -m training.evaluate ...` shares the images over N processes.
+"""
 
 import argparse
 import dataclasses
 import json
 import logging
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -21,6 +25,7 @@ from . import command
 from .config import add_data_flag
 from .data.items import SPLITS, DatasetError
 from .data.sources import read_sources, read_split
+from .distributed import Distributed, distributed
 from .evaluation import captions_json, evaluate, evaluations_json, table
 from .pointing import check_pointing
 from .report import write_report
@@ -45,21 +50,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=positive, help="at most this number of images of each data set, the first ones")
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     parser.add_argument("--engine", choices=ENGINES, help="what computes the captions; default: as in Captioner")
+    parser.add_argument("--cache", default="", help="folder for copies and indexes of shards; as in training")
     parser.add_argument("--output", help="folder of the report; default: evaluation-SPLIT in the model's")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    # Of several processes one logs.
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     try:
-        run(options)
+        with distributed(options.device) as processes:
+            run(options, processes)
     except (CheckpointError, DatasetError, ValueError, OSError) as error:
         log.error("error: %s", error)
         return 1
     return 0
 
 
-def run(options: argparse.Namespace) -> None:
-    """Evaluate a model, print the table, and write the figures, the captions and the report."""
-    captioner = Captioner.from_pretrained(options.model, options.device, options.engine)
-    datasets = read_sources(options.data)
+def run(options: argparse.Namespace, processes: Distributed) -> None:
+    """Evaluate a model, print the table, and write the figures, the captions and the report, from the first process."""
+    device = options.device if processes.size == 1 else str(processes.device)
+    captioner = Captioner.from_pretrained(options.model, device, options.engine)
+    datasets = read_sources(options.data, options.cache, processes)
     sets = read_split(datasets, options.split, options.limit)
     home = Path(options.model) if Path(options.model).is_dir() else Path()
     folder = Path(options.output or home / f"evaluation-{options.split}")
@@ -69,11 +79,13 @@ def run(options: argparse.Namespace) -> None:
     known = {tuple(tokenize(caption)) for caption in train} or None
     beams = [
         {
-            name: evaluate(captioner, items, beam_size, options.batch_size, known, **search)
+            name: evaluate(captioner, items, beam_size, options.batch_size, known, processes, **search)
             for name, items in sets.items()
         }
         for beam_size in options.beam_size
     ]
+    if not processes.is_first:
+        return
     widest = max(beams, key=lambda evaluations: next(iter(evaluations.values())).beam_size)
     left_out = {metric: why for one in widest.values() for metric, why in one.scores.left_out.items()}
     for metric, why in left_out.items():

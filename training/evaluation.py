@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from captioner.heatmap import shrink
 from captioner.images import ImageError
 
 from .data.items import CaptionedImage
+from .distributed import ALONE, Distributed
 from .metrics import Calibration, all_maps, attention_entropy, calibration, diversity, mean_of_each
 from .scorers import METRICS, Scores, score
 
@@ -73,38 +73,47 @@ def evaluate(
     beam_size: int,
     batch_size: int = 32,
     known: Collection[tuple[str, ...]] | None = None,
+    processes: Distributed = ALONE,
     **options: Any,
 ) -> Evaluation:
     """Caption every image and score the captions. The time includes reading the images, but not the scoring.
+
+    Of several processes each captions its share of the images, the first one scores, and all return the same.
 
     Args:
         captioner: the model.
         items: images with reference captions.
         beam_size, batch_size, options: see `Captioner.caption`.
         known: the captions of the training set, as words.
+        processes: that share the work.
 
     Raises:
         ValueError: no image could be read.
     """
-    captions: dict[str, Caption] = {}
-    unreadable: list[str] = []
+    own_items = items[processes.rank :: processes.size]
     started = time.perf_counter()
-    found = captioner.stream(
-        (item.source() for item in items), beam_size=beam_size, batch_size=batch_size, alternatives=0, **options
+    stream = captioner.stream(
+        (item.source() for item in own_items), beam_size=beam_size, batch_size=batch_size, alternatives=0, **options
     )
-    progress = tqdm(found, f"beam {beam_size}", len(items), disable=not sys.stderr.isatty())
-    for item, result in zip(items, progress, strict=True):
-        if isinstance(result, ImageError):
-            log.warning("skipped: %s", result)
-            unreadable.append(str(result))
-        else:
-            # There are thousands of photographs, and the report shows them in this size.
-            captions[item.key] = dataclasses.replace(result, image=shrink(result.image, PREVIEW))
+    # There are thousands of photographs, and the report shows them in this size.
+    share = [
+        str(result)
+        if isinstance(result, ImageError)
+        else dataclasses.replace(result, image=shrink(result.image, PREVIEW))
+        for result in tqdm(stream, f"beam {beam_size}", len(own_items), disable=processes.quiet)
+    ]
+    shares = processes.gather(share)
     seconds = time.perf_counter() - started
+    found = {item.key: shares[number % processes.size][number // processes.size] for number, item in enumerate(items)}
+    captions = {key: result for key, result in found.items() if isinstance(result, Caption)}
+    unreadable = [result for result in found.values() if isinstance(result, str)]
+    for reason in unreadable:
+        log.warning("skipped: %s", reason)
     if not captions:
         raise ValueError(f"none of the {len(items)} images could be read")
     references = {item.key: item.captions for item in items if item.key in captions}
-    scores = score({path: str(caption) for path, caption in captions.items()}, references)
+    texts = {key: str(caption) for key, caption in captions.items()}
+    scores = processes.agree(score(texts, references) if processes.is_first else None)
     figures = diversity([caption.words for caption in captions.values()], known)
     maps = all_maps([caption for caption in captions.values() if caption.words])
     figures["attention entropy"], figures["attention entropy / maximum"] = attention_entropy(maps)

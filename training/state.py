@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,29 +100,64 @@ class Progress:
         self.stage, self.step, self.stale = stage, 0, 0
 
 
-def save_state(
-    config: TrainConfig, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
-) -> None:
-    """Write the state into one file of the run folder, completely or not at all.
+class StateWriter:
+    """A context that writes the state into one file of the run folder, completely or not at all.
 
-    Raises:
-        OSError: it cannot be written; the previous state is kept.
+    It is copied at once and written by a thread, so that training goes on meanwhile. The context ends when it is
+    written.
+
+    Args:
+        config: the options of the run.
     """
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
-    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, state in optimiser.state.items():
-        tensors |= {f"optimiser/{key}/{names[parameter]}": tensor for key, tensor in state.items()}
-    metadata = {
-        "progress": json.dumps(dataclasses.asdict(progress)),
-        "config": json.dumps(options_for_resuming(config)),
-    }
-    with replacing(Path(config.output) / STATE) as path:
-        save_tensors(path, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, metadata)
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> "StateWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown()
+
+    def save(self, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Begin to write the state, after an earlier one has been written.
+
+        Raises:
+            OSError: the earlier one could not be written; the state before it is kept.
+        """
+        self.wait()
+        tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+        tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
+        names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+        for parameter, state in optimiser.state.items():
+            tensors |= {f"optimiser/{key}/{names[parameter]}": tensor for key, tensor in state.items()}
+        copies = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
+        metadata = {
+            "progress": json.dumps(dataclasses.asdict(progress)),
+            "config": json.dumps(options_for_resuming(self.config)),
+        }
+        self.writing = self.thread.submit(self.write, copies, metadata)
+
+    def write(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """Write the file."""
+        with replacing(Path(self.config.output) / STATE) as path:
+            save_tensors(path, tensors, metadata)
+
+    def wait(self) -> None:
+        """Wait until the state is written.
+
+        Raises:
+            OSError: it cannot be written; the previous state is kept.
+        """
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
 
 
 def load_state(config: TrainConfig) -> tuple[Progress, dict[str, Tensor] | None]:
-    """The progress and the tensors that `save_state` wrote; a new progress and None if there is no saved state.
+    """The progress and the tensors that `StateWriter` wrote; a new progress and None if there is no saved state.
 
     Raises:
         TrainingError: the file is damaged, the run has other options, or there is a run but `resume` is not set.

@@ -110,7 +110,8 @@ def load_items(config: TrainConfig, processes: Distributed) -> tuple[list[Captio
     problems = [problem for dataset in datasets for problem in dataset.problems]
     for split in ("train", "dev"):
         items = [item for dataset in datasets for item in dataset.splits.get(split, ())]
-        damaged = processes.agree(unreadable(items, processes.quiet) if processes.is_first else None)
+        parts = processes.gather(unreadable(items[processes.rank :: processes.size], processes.quiet))
+        damaged = {key: reason for part in parts for key, reason in part.items()}
         splits[split] = [item for item in items if item.key not in damaged] if damaged else items
         problems += damaged.values()
         if not splits[split]:

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -30,7 +31,7 @@ from .objectives import Imitation, Objective
 from .optimisation import build_average, build_optimiser, set_learning_rate
 from .self_critical import SelfCritical
 from .stages import Stage
-from .state import Progress, TrainingError, load_state, remove_leftovers, restore_tensors, save_state
+from .state import Progress, StateWriter, TrainingError, load_state, remove_leftovers, restore_tensors
 from .validation import Validation
 
 log = logging.getLogger("training")
@@ -73,6 +74,7 @@ class Trainer:
         self.best_model = BestModel(config, vocabulary, preprocessing)
         self.history = History(self.output) if distributed.is_first else None
         self.progress = Progress()
+        self.state = StateWriter(config)
         self.stop = StopRequest()
 
     def run(self) -> float:
@@ -86,9 +88,13 @@ class Trainer:
         if self.config.resume and self.distributed.is_first:
             remove_leftovers(self.output)
         self.progress, tensors = load_state(self.config)
+        if len({progress.total_steps for progress in self.distributed.gather(self.progress)}) > 1:
+            raise TrainingError(
+                f"{self.config.output} is not the same folder on all machines; give one that they share"
+            )
         if self.history:
             self.history.steps = self.progress.total_steps
-        with self.stop:
+        with self.stop, self.state:
             for number in range(self.progress.stage, len(self.stages)):
                 self.run_stage(self.stages[number], tensors)
                 tensors = None
@@ -136,30 +142,40 @@ class Trainer:
             bar.set_postfix(loss=f"{progress.loss_sum / progress.batch:.3f}")
             if self.history:
                 self.history.step(loss, self.optimiser.param_groups[-1]["lr"])
-            if stop or progress.step % self.config.checkpoint_every == 0:
-                self.save()
             if stop:
+                self.save()
                 raise Interrupted
+            if progress.step % self.config.checkpoint_every == 0:
+                self.save(wait=False)
 
     def step(self, batch: Batch) -> tuple[float, bool]:
         """One step of gradient descent. Returns the loss of the whole batch, and whether a process is to stop."""
         progress, distributed = self.progress, self.distributed
         # All random numbers of a step depend on its number alone: resuming needs no generator's state.
         torch.manual_seed(hash((self.config.seed, progress.stage, progress.step, distributed.rank)) % 2**63)
-        loss, statistic = self.objective.loss(batch)
-        loss = batch.weight * loss
-        stop = torch.tensor(float(self.stop.received), device=loss.device)
-        total, measured, stops = distributed.sum(torch.stack([loss, batch.weight * statistic, stop])).tolist()
+        self.optimiser.zero_grad()
+        sums = torch.zeros(2, device=self.model.device)
+        parts = batch.parts(self.config.accumulate)
+        for part in parts:
+            with self.summed(part is parts[-1]):
+                loss, statistic = self.objective.loss(part)
+                # DistributedDataParallel averages gradients over the processes; these losses are to be summed.
+                (batch.weight * loss * distributed.size).backward()
+            sums += batch.weight * torch.stack([loss.detach(), statistic])
+        stop = torch.tensor([float(self.stop.received)], device=sums.device)
+        total, measured, stops = distributed.sum(torch.cat([sums, stop])).tolist()
         if not math.isfinite(total):
             raise self.not_finite(total, batch)
         self.objective.record(batch, measured)
-        self.optimiser.zero_grad()
-        # DistributedDataParallel averages gradients over the processes; these losses are to be summed.
-        (loss * distributed.size).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimiser.step()
         self.average.update_parameters(self.model)
         return total, stops > 0
+
+    def summed(self, last: bool) -> AbstractContextManager[None]:
+        """A context for the backward pass of a part of a batch: gradients are summed over processes with the last."""
+        parallel = self.objective.parallel
+        return nullcontext() if last or not isinstance(parallel, DistributedDataParallel) else parallel.no_sync()
 
     def validate(self, stage: Stage, name: str) -> None:
         """Score the averaged weights on the dev images, record the scores, save the model if it is the best so far.
@@ -218,10 +234,12 @@ class Trainer:
             self.files if stage.captions is None else None,
         )
 
-    def save(self) -> None:
-        """Save the state, from the first process."""
+    def save(self, wait: bool = True) -> None:
+        """Save the state, from the first process. Without `wait` training goes on while it is written."""
         if self.distributed.is_first:
-            save_state(self.config, self.progress, self.model, self.average, self.optimiser)
+            self.state.save(self.progress, self.model, self.average, self.optimiser)
+            if wait:
+                self.state.wait()
 
     def not_finite(self, loss: float, batch: Batch) -> TrainingError:
         """The error for a loss that is not finite; it names the step and the first images."""

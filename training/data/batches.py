@@ -1,5 +1,6 @@
 """The batches of an epoch: images or their cached features, with all captions of each image."""
 
+import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,19 @@ class Batch(NamedTuple):
     image_count: int
     indices: list[int]
     image_weights: Tensor
+
+    def parts(self, count: int) -> list["Batch"]:
+        """The share in at most `count` parts of equal size, whose losses add up to that of the share."""
+        if count == 1:
+            return [self]
+        size = math.ceil(len(self.indices) / count)
+        starts = range(0, len(self.indices), size)
+        indices = [self.indices[start : start + size] for start in starts]
+        tensors = zip(self.images.split(size), self.captions.split(size), self.image_weights.split(size), strict=True)
+        return [
+            self._replace(images=images, captions=without_padding(captions), indices=of_part, image_weights=weights)
+            for of_part, (images, captions, weights) in zip(indices, tensors, strict=True)
+        ]
 
 
 def encode_captions(item: CaptionedImage, vocabulary: Vocabulary, max_length: int) -> list[list[int]]:
@@ -146,6 +160,12 @@ def ignore_signals(_: int) -> None:
     """Ignore SIGINT and SIGTERM, which reach every process of a run, in a worker: the training loop handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def without_padding(captions: Tensor) -> Tensor:
+    """Captions, (images, rows, length), without the rows and the last columns that are padding for all images."""
+    words = captions != PAD
+    return captions[:, words.any(dim=2).any(dim=0)][..., words.flatten(0, 1).any(dim=0)]
 
 
 def pad_captions(captions: Sequence[Sequence[Sequence[int]]]) -> Tensor:

@@ -1,0 +1,82 @@
+"""A process that is killed is started again by torchrun, and the run computes what an undisturbed one computes."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny
+from test_training import PROJECT, assert_same_run, losses
+
+from training import state, trainer
+from training.train import main
+
+# Run by torchrun: in the first two lives of the run a process kills itself, in the middle of an epoch.
+KILLED = """
+import os, signal, sys
+from training.train import main
+from training.trainer import Trainer
+
+life, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
+step = Trainer.step
+
+def step_or_die(self, batch):
+    place = (self.progress.total_steps, rank)
+    if life < 2 and place == ((2, 1), (4, 0))[life]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch)
+
+Trainer.step = step_or_die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Flags of a run of two stages with three steps an epoch."""
+    folder = tmp_path_factory.mktemp("elastic")
+    weights = tiny.encoder_weights(folder / "mobilenet_v2.safetensors")
+    data = ["--data", f"flickr8k={tiny.draw(folder / 'data')}", "--cache", str(folder / "cache")]
+    stages = ["--epochs", "1", "--finetune-epochs", "1", "--finetune-from", "features.17", "--workers", "0"]
+    return [*data, "--encoder-weights", str(weights), *tiny.SMALL, *stages, "--checkpoint-every", "1", "--resume"]
+
+
+def test_a_run_whose_processes_are_killed_goes_on_as_if_they_had_not_been(options, tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--monitor-interval", "0.2"]
+    elastic = ["--nnodes", "1:4", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-conf", "last_call_timeout=1"]
+    elastic += ["--rdzv-endpoint", f"127.0.0.1:{port}", tmp_path / "killed.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for command, output in (([*launcher, *elastic], "killed"), ([*launcher, "-m", "training.train"], "whole")):
+        arguments = [*map(str, command), *options, "--output", str(tmp_path / output)]
+        done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("exitcode: -9") == (2 if output == "killed" else 0)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert len(losses(tmp_path / "killed")) == 2
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(options, tmp_path, monkeypatch):
+    stepped, overlapped = threading.Event(), []
+    save, step = state.save_tensors, trainer.Trainer.step
+
+    def save_slowly(path, tensors, metadata):
+        stepped.clear()
+        overlapped.append(stepped.wait(1))
+        save(path, tensors, metadata)
+
+    def step_and_tell(self, batch):
+        stepped.set()
+        return step(self, batch)
+
+    monkeypatch.setattr(state, "save_tensors", save_slowly)
+    monkeypatch.setattr(trainer.Trainer, "step", step_and_tell)
+    assert main([*options, "--output", str(tmp_path / "run")]) == 0
+    assert any(overlapped)
+    assert not all(overlapped)  # the one after an epoch is awaited
