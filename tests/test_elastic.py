@@ -11,6 +11,7 @@ import tiny
 from test_training import PROJECT, assert_same_run, losses
 
 from training import state, trainer
+from training.distributed import Distributed
 from training.train import main
 
 # Run by torchrun: in the first two lives of the run a process kills itself, in the middle of an epoch.
@@ -61,6 +62,24 @@ def test_a_run_whose_processes_are_killed_goes_on_as_if_they_had_not_been(option
     assert main([*options, "--output", str(tmp_path / "whole")]) == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole", tolerance=1e-4)
     assert len(losses(tmp_path / "killed")) == 2
+
+
+def test_restarts_that_would_hang_are_refused(options, tmp_path, monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "2", "MAX_RESTARTS": "3", "USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name if name == "WORLD_SIZE" else f"TORCHELASTIC_{name}", value)
+    assert main([*options, "--output", str(tmp_path / "run")]) == 1
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_machines_that_do_not_share_the_run_folder_are_told(options, tmp_path, monkeypatch, capsys):
+    gather = Distributed.gather
+
+    def with_another(self, value):
+        return [value, state.Progress(total_steps=7)] if isinstance(value, state.Progress) else gather(self, value)
+
+    monkeypatch.setattr(Distributed, "gather", with_another)
+    assert main([*options, "--output", str(tmp_path / "run")]) == 1
+    assert f"{tmp_path / 'run'} is not the same folder on all machines" in capsys.readouterr().err
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(options, tmp_path, monkeypatch):

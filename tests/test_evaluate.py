@@ -18,7 +18,7 @@ from captioner.checkpoint import Checkpoint
 from captioner.images import Preprocessing
 from captioner.network.model import ModelConfig, ShowAttendTell
 from captioner.vocabulary import Vocabulary
-from training import evaluate
+from training import evaluate, shard
 from training.data.datasets import read_dataset
 from training.evaluation import evaluate as evaluate_model
 from training.scorers import NO_JAVA
@@ -89,6 +89,19 @@ def test_two_processes_give_the_scores_of_one(model, root, tmp_path):
         }
     captions = [json.loads((tmp_path / name / "captions.json").read_text()) for name in ("one", "two")]
     assert [entry["caption"] for entry in captions[0]] == [entry["caption"] for entry in captions[1]]
+
+
+def test_images_in_shards_are_evaluated_like_those_in_files(model, root, tmp_path):
+    cache = ["--cache", str(tmp_path / "cache")]
+    assert shard.main(["--data", f"flickr8k={root}", "--output", str(tmp_path / "shards"), *cache]) == 0
+    assert run(model, root, tmp_path / "files", "--beam-size", "3") == 0
+    assert run(model, f"{tmp_path}/shards/*.tar", tmp_path / "out", "--beam-size", "3", *cache) == 0
+    figures = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("files", "out")]
+    scores = [found["evaluations"][0]["sets"]["flickr8k"]["scores"] for found in figures]
+    assert scores[0] == scores[1]
+    captions = [json.loads((tmp_path / name / "captions.json").read_text()) for name in ("files", "out")]
+    assert [entry["image"] for entry in captions[0]] == [entry["image"] for entry in captions[1]]
+    assert "red.jpg" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_broken_image_is_named_and_the_rest_are_scored(model, root, tmp_path, capsys):

@@ -14,7 +14,7 @@ from conftest import PHOTOS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ["captioner", "captioner-demo", "captioner-train", "captioner-evaluate", "captioner-compare"]
-COMMANDS += ["captioner-prepare", "captioner-export", "captioner-bulk"]
+COMMANDS += ["captioner-prepare", "captioner-shard", "captioner-export", "captioner-bulk"]
 INSTALLED = {"captioner": "captioner", "app": "captioner_app", "training": "captioner_training"}
 
 
