@@ -11,7 +11,7 @@ from PIL import Image
 from captioner.images import Preprocessing
 from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import END, PAD, START, Vocabulary
-from training.data.batches import EpochBatches, encode_captions, pad_captions
+from training.data.batches import CaptionTable, EpochBatches, encode_captions, pad_captions
 from training.data.images import FeatureSource, ImageSource, augment, names_no_side
 from training.data.items import CaptionedImage
 from training.losses import caption_loss
@@ -77,6 +77,12 @@ def test_captions_are_encoded_longest_first_and_a_cut_one_has_no_end():
     item = CaptionedImage(PHOTOS, ("A dog .", "a dog runs fast", "a dog runs"))
     encoded = encode_captions(item, vocabulary, max_length=3)
     assert encoded == [[START, 4, 5, 6, END], [START, 4, 5, END], [START, 4, 5, 6]]
+
+
+def test_a_table_of_captions_gives_back_what_it_was_made_of():
+    captions = [[[START, 4, 5, END], [START, 4, END]], [[START, 70_000, END]], [], [[START], [START, END]]]
+    table = CaptionTable(captions)
+    assert [table[index] for index in range(len(table))] == captions
 
 
 def test_augmentation_is_the_same_for_the_same_epoch_and_another_for_the_next():

@@ -21,7 +21,7 @@ from captioner.vocabulary import Vocabulary
 
 from .best_model import BestModel
 from .config import TrainConfig, data_weights
-from .data.batches import Batch, EpochBatches, encode_captions, file_numbers
+from .data.batches import Batch, CaptionTable, EpochBatches, encode_captions, file_numbers
 from .data.images import ImageSource
 from .data.items import CaptionedImage
 from .distributed import Distributed
@@ -66,7 +66,7 @@ class Trainer:
     ) -> None:
         self.config, self.model, self.stages, self.distributed = config, model, stages, distributed
         self.vocabulary, self.train_items, self.output = vocabulary, train, Path(config.output)
-        self.captions = [encode_captions(item, vocabulary, config.max_length) for item in train]
+        self.captions = CaptionTable(encode_captions(item, vocabulary, config.max_length) for item in train)
         weights = data_weights(config)
         self.weights = [weights.get(item.dataset, 1.0) for item in train]
         self.files = file_numbers(train)
