@@ -32,7 +32,7 @@ def read_dataset(name: str, root: str | os.PathLike[str]) -> CaptionDataset:
     if name not in DATASETS:
         raise DatasetError(
             f"there is no data set {name!r}; there are {', '.join(DATASETS)}, "
-            "and files of your own captions, which end in .csv or .jsonl"
+            "files of your own captions, which end in .csv or .jsonl, and shards, which end in .tar"
         )
     root = Path(root)
     if not root.is_dir():
