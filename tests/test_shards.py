@@ -324,7 +324,7 @@ def test_what_cannot_be_used_in_a_shard_is_named_and_skipped(tmp_path):
         "half": "surrogates not allowed",
         "binary": "can't decode byte",
     }.items():
-        (found,) = (line for line in dataset.problems if line.startswith(f"{path}: {name}:"))
+        (found,) = (line for line in dataset.problems if line.startswith(f"{path}: {name}"))
         assert problem in found
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 from webdataset.writer import TarWriter
 
-from captioner.cli import SUFFIXES, positive
-from captioner.files import replacing
+from captioner.cli import positive
+from captioner.files import SUFFIXES, replacing
 
 from . import command
 from .config import add_data_flag

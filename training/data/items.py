@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from captioner.images import NamedBytes
+
 SPLITS = ("train", "dev", "test")
 
 
@@ -53,7 +55,9 @@ class CaptionedImage:
             return self.path
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.member.offset)
-            return file.read(self.member.size)
+            data = NamedBytes(file.read(self.member.size))
+        data.name = f"{self.path}: {self.member.name}"
+        return data
 
     def version(self) -> tuple[str | int, ...]:
         """Name, size and date of the file, and the image's place in a shard: a changed image has another version.

@@ -26,8 +26,7 @@ from tqdm import tqdm
 from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 
-from captioner.cli import SUFFIXES
-from captioner.files import replacing
+from captioner.files import SUFFIXES, replacing
 from captioner.images import MAX_BYTES, ImageError, load_image
 
 from ..distributed import Distributed
@@ -240,7 +239,7 @@ def make_index(path: Path, shard: str) -> tuple[list[Entry], list[str]]:
         try:
             load_image(CaptionedImage(path, (), "", Member(*entry[:3])).source())
         except ImageError as error:
-            return f"{path}: {entry.name}: {error}"
+            return str(error)
         return None
 
     with ThreadPoolExecutor() as threads:
