@@ -128,7 +128,7 @@ def check_truth(
     """
     chosen = random.Random(seed).sample(list(items), min(images, len(items)))
     captions = []
-    for result in captioner.stream((item.path for item in chosen), alternatives=0, evidence=True):
+    for result in captioner.stream((item.source() for item in chosen), alternatives=0, evidence=True):
         if isinstance(result, Caption):
             captions.append(result)
         else:
