@@ -74,7 +74,7 @@ def site(runtime, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def library() -> Captioner:
-    return Captioner.from_pretrained("small")
+    return Captioner.from_pretrained("small", engine="onnx-float32")
 
 
 @pytest.fixture(scope="module")
