@@ -18,16 +18,13 @@ from PIL import Image
 
 from captioner.api import Captioner
 from captioner.captions import Caption
-from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
 from captioner.heatmap import KINDS, upsample
 from captioner.images import ImageError, load_image
-from captioner.pretrained import DEFAULT_MODEL
 
 from . import command
-from .config import add_data_flag
-from .data.items import SPLITS, CaptionedImage, DatasetError
-from .data.sources import read_sources, read_split
+from .checks import Check, add_check_flags, run_check
+from .data.items import CaptionedImage
 from .metrics import all_maps, attention_entropy
 from .words import tokenize
 
@@ -164,29 +161,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Place photographs side by side and measure on which of them the map of a word lies.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
-    add_data_flag(parser)
-    parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of the data sets")
+    add_check_flags(parser)
     parser.add_argument("--pairs", type=positive, default=200, help="pictures to compose from each data set")
     parser.add_argument("--of", default="attention", choices=KINDS, help="which maps to measure")
     parser.add_argument("--seed", type=int, default=0, help="decides which photographs are paired")
-    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    try:
+
+    def prepare() -> Check:
         captioner = Captioner.from_pretrained(options.model, options.device)
-        sets = read_split(read_sources(options.data), options.split)
-    except (CheckpointError, DatasetError, ValueError, OSError) as error:
-        log.error("error: %s", error)
-        return 1
-    failed = False
-    for name, items in sets.items():
-        try:
-            print(f"{name}: {check_pointing(captioner, items, options.pairs, options.seed, options.of)}")
-        except ValueError as error:
-            log.error("error: %s: %s", name, error)
-            failed = True
-    return int(failed)
+        return lambda name, items: (
+            f"{name}: {check_pointing(captioner, items, options.pairs, options.seed, options.of)}"
+        )
+
+    return run_check(options, prepare)
 
 
 if __name__ == "__main__":

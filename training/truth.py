@@ -23,18 +23,15 @@ from tqdm import tqdm
 from captioner.api import Captioner
 from captioner.arrays import to_numpy
 from captioner.captions import Caption
-from captioner.checkpoint import CheckpointError
 from captioner.cli import positive
 from captioner.images import load_image
 from captioner.network.model import ShowAttendTell
-from captioner.pretrained import DEFAULT_MODEL
 from captioner.search import follow
 from captioner.vocabulary import PAD, START, UNKNOWN
 
 from . import command
-from .config import add_data_flag
-from .data.items import SPLITS, CaptionedImage, DatasetError
-from .data.sources import read_sources, read_split
+from .checks import Check, add_check_flags, run_check
+from .data.items import CaptionedImage
 from .metrics import rank_correlation
 
 log = logging.getLogger("training")
@@ -307,29 +304,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Hide the regions of words' maps from the whole network and measure how far the words fall.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or name of the model")
-    add_data_flag(parser)
-    parser.add_argument("--split", default="dev", choices=SPLITS, help="which part of the data sets")
+    add_check_flags(parser)
     parser.add_argument("--images", type=positive, default=50, help="pictures to choose from each data set")
     parser.add_argument("--seed", type=int, default=0, help="decides which pictures, and the random maps")
-    parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    try:
+
+    def prepare() -> Check:
         captioner = Captioner.from_pretrained(options.model, options.device)
         network = Captioner.from_pretrained(options.model, options.device, engine="torch").model
-        sets = read_split(read_sources(options.data), options.split)
-    except (CheckpointError, DatasetError, ValueError, OSError) as error:
-        log.error("error: %s", error)
-        return 1
-    failed = False
-    for name, items in sets.items():
-        try:
-            print(f"{name}, {options.split}\n\n{check_truth(captioner, network, items, options.images, options.seed)}")
-        except ValueError as error:
-            log.error("error: %s: %s", name, error)
-            failed = True
-    return int(failed)
+
+        def check(name: str, items: Sequence[CaptionedImage]) -> str:
+            found = check_truth(captioner, network, items, options.images, options.seed)
+            return f"{name}, {options.split}\n\n{found}"
+
+        return check
+
+    return run_check(options, prepare)
 
 
 if __name__ == "__main__":
