@@ -9,7 +9,9 @@ import tiny
 from PIL import Image
 
 from captioner import Captioner
-from training import compare, scorers
+from training import compare, comparison, pointing, scorers, truth
+
+SCORES = dict.fromkeys(["seconds an epoch", *comparison.SCORES], 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_every_kind_is_trained_and_shown_and_not_again(options, tmp_path, capsys
     assert float(figures["none"]["entropy"]) == pytest.approx(np.log(4), abs=1e-3)  # 2 x 2 regions
     assert float(figures["hard"]["entropy"]) == 0
     assert float(figures["none"]["parameters"]) < float(figures["additive"]["parameters"])
-    heads = Captioner.from_pretrained(output / "multi_head-0").model.config.attention_options
+    heads = Captioner.from_pretrained(output / "multi_head-0-0.001-0.5").model.config.attention_options
     assert heads == {"heads": 2}
     for name in ("compare.png", "maps.png"):
         assert Image.open(output / name).width > 300
@@ -58,19 +60,75 @@ def test_several_data_sets_have_scores_of_their_own_beside_the_means(options, tm
     output = tmp_path / "compare"
     assert compare.main([*data, *options[2:], "--kinds", "none", "additive", "--output", str(output)]) == 0
     head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines()]
-    assert head[3:12] == [*compare.SCORES, *(f"{name} {of}" for name in ("flickr8k", "coco") for of in compare.SCORES)]
+    assert head[6:15] == [*compare.SCORES, *(f"{name} {of}" for name in ("flickr8k", "coco") for of in compare.SCORES)]
     assert len(rows) == 2
     with (output / "compare.csv").open() as file:
         for row in csv.DictReader(file):
             for score in ("BLEU-4", "CIDEr"):
                 mean = (float(row[f"flickr8k {score}"]) + float(row[f"coco {score}"])) / 2
-                assert float(row[score]) == pytest.approx(mean)
+                assert float(row[score]) == pytest.approx(mean, rel=1e-4)
+
+
+def test_every_kind_has_the_same_tries_and_the_best_is_trained_with_the_other_seeds(options, tmp_path, monkeypatch):
+    scores = {1e-3: 0.2, 2e-3: 0.4, 3e-3: 0.3}
+    trained = []
+
+    def train(config, _):
+        trained.append((config.attention, config.seed, config.learning_rate, config.dropout))
+        return scores[config.learning_rate] + (0.1 if config.attention == "dot" and config.dropout == 0.3 else 0)
+
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "measure", lambda *_: dict.fromkeys(["parameters", "epochs", "entropy"], 1.0) | SCORES)
+    flags = ["--learning-rates", "1e-3", "2e-3", "3e-3", "--dropouts", "0.5", "0.3", "--seeds", "4", "5"]
+    assert compare.main([*options, "--kinds", "none", "dot", *flags, "--output", str(tmp_path)]) == 0
+    tries = [(seed, rate, dropout) for seed in (4,) for rate in scores for dropout in (0.5, 0.3)]
+    for kind, best in (("none", (2e-3, 0.5)), ("dot", (2e-3, 0.3))):
+        of_kind = list(dict.fromkeys(run[1:] for run in trained if run[0] == kind))
+        assert of_kind == [*tries, (5, *best)]
+    with (tmp_path / "compare.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "dot"]
+    assert [float(row["dev score"]) for row in rows if row["dropout"] == "0.3"] == pytest.approx([30, 40, 50, 50])
+    assert {(row["seed"], row["learning_rate"], row["dropout"]) for row in rows if row["CIDEr"]} == {
+        ("4", "0.002", "0.3"),
+        ("5", "0.002", "0.3"),
+    }
+
+
+def test_a_table_from_another_machine_is_not_trained_again(options, tmp_path, capsys, monkeypatch):
+    flags = [*options, "--kinds", "none", "dot", "--table", str(tmp_path / "all.csv")]
+    assert compare.main([*flags, "--output", str(tmp_path / "here")]) == 0
+    table = capsys.readouterr().out
+    monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("trained again"))
+    assert compare.main([*flags, "--output", str(tmp_path / "there")]) == 0
+    out, messages = capsys.readouterr()
+    assert out == table
+    assert "there is no model of dot, none" in messages
+    assert compare.main([*flags, "--epochs", "2", "--output", str(tmp_path / "there")]) == 1
+    assert "other options" in capsys.readouterr().err
+    (tmp_path / "all.csv").write_text("name,age\nx,3\n")
+    assert compare.main([*flags, "--output", str(tmp_path / "there")]) == 1
+    assert "is not a table of this command" in capsys.readouterr().err
+
+
+def test_maps_are_measured_where_asked_for(options, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pointing, "THINGS", {colour: frozenset({colour}) for colour in tiny.COLOURS})
+    monkeypatch.setattr(truth, "NOUNS", frozenset({*tiny.COLOURS, "circle"}))
+    flags = [*options, "--epochs", "12", "--kinds", "additive", "--output", str(tmp_path), "--pictures", "6"]
+    assert compare.main(flags) == 0
+    with (tmp_path / "compare.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    values = {name: float(row[name]) for name in comparison.MAPS}
+    assert not any(map(np.isnan, values.values()))
+    assert 0 <= values["pointing hits"] <= 100
+    assert -1 <= values["attention, evidence"] <= 1
+    maps = capsys.readouterr().out.split("\n\n")[1]
+    assert maps.splitlines()[2].startswith("| `additive` | ")
 
 
 def test_a_mean_and_a_spread_are_over_the_seeds():
-    row = compare.summary("dot", [{"CIDEr": 40.0}, {"CIDEr": 44.0}])
+    row = comparison.summary("dot", [{"CIDEr": 40.0}, {"CIDEr": 44.0}])
     assert row == {"kind": "dot", "seeds": 2, "CIDEr": 42.0, "CIDEr spread": pytest.approx(8**0.5)}
-    assert compare.summary("dot", [{"CIDEr": 40.0}])["CIDEr spread"] == 0
+    assert comparison.summary("dot", [{"CIDEr": 40.0}])["CIDEr spread"] == 0
 
 
 @pytest.mark.parametrize(

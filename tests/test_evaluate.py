@@ -22,6 +22,7 @@ from training import evaluate, shard
 from training.data.datasets import read_dataset
 from training.evaluation import evaluate as evaluate_model
 from training.scorers import NO_JAVA
+from training.truth import MAPS
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 
@@ -65,6 +66,17 @@ def run(model, root, output, *more):
     return evaluate.main(
         ["--model", str(model), "--data", f"flickr8k={root}", "--output", str(output), "--batch-size", "4", *more]
     )
+
+
+def test_whether_maps_tell_the_truth_is_measured_where_asked_for(model, root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.truth.NOUNS", frozenset(["picture", *COLOURS]))
+    assert run(model, root, tmp_path / "without", "--beam-size", "1") == 0
+    assert "deletion" not in capsys.readouterr().out
+    assert run(model, root, tmp_path / "report", "--beam-size", "1", "--truth", "6") == 0
+    assert "deletion, largest first" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "report" / "scores.json").read_text())["truth"]["flickr8k"]
+    assert figures["images"] == 5  # one is broken
+    assert set(figures["deletion"]) == set(MAPS)
 
 
 def test_two_processes_give_the_scores_of_one(model, root, tmp_path):

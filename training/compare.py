@@ -1,14 +1,20 @@
 """Train every kind of attention under one budget and compare them:
 `python -m training.compare --data flickr8k=data/flickr8k --output runs/compare --seeds 0 1`.
 
-All other flags are those of `train` and apply to every kind, attention options to the kinds that have them. A
-comparison that was stopped continues when the same command is given again.
+All other flags are those of `train` and apply to every kind, attention options to the kinds that have them. Several
+learning rates or values of dropout are tried with the first seed, every kind having the same number of tries; the best
+by the dev score is trained with the other seeds.
+
+Each result goes into a table as soon as it is there. A comparison that was stopped continues when the same command is
+given again, on another machine too where the table is copied to it.
 """
 
 import argparse
 import csv
 import dataclasses
+import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -19,27 +25,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from captioner.api import Captioner
 from captioner.checkpoint import CheckpointError
+from captioner.cli import positive
 from captioner.files import replacing
-from captioner.heatmap import figure
 from captioner.images import ImageError, load_image
+from captioner.modelfile import MODEL_FILE
 from captioner.network.attention import MECHANISMS, MultiHeadAttention
 
 from . import command
-from .config import TrainConfig, parse_arguments
+from .comparison import MAPS, SCORES, draw_scores, markdown, same_word, summary
+from .config import TrainConfig, check, parse_arguments
 from .data.items import CaptionedImage, DatasetError
 from .data.sources import read_sources
 from .distributed import Distributed, distributed
 from .evaluation import evaluate
 from .interruption import Interrupted
 from .metrics import mean_of_each
-from .scorers import NEED_JAVA
-from .state import TrainingError
+from .pointing import check_pointing
+from .state import FREE_OPTIONS, TrainingError, options_for_resuming
 from .train import train
+from .truth import check_truth
 
 log = logging.getLogger("training")
 
@@ -49,8 +55,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "self_attention": {"encoder_self_attention": 2},
     "transformer": {"decoder": "transformer", "attention": MultiHeadAttention.name},
 }
-SCORES = ("BLEU-4", "METEOR", "CIDEr")
-RESULT = "result.json"
+TUNED = ("learning_rate", "dropout")
+RUN = ("kind", "seed", *TUNED)  # the columns that name a run
+TRIED = "dev score"  # by which the best try is chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each kind is trained once for each")
+    parser.add_argument("--learning-rates", nargs="+", type=float, help="peak learning rates of stage one to try")
+    parser.add_argument("--dropouts", nargs="+", type=float, help="values of dropout to try")
+    parser.add_argument(
+        "--pictures",
+        type=positive,
+        help="also measure the maps (pointing, deletion, insertion, correlations) on so many pictures of each data set",
+    )
+    parser.add_argument("--table", help="CSV file of all runs; default: compare.csv in the output folder")
     parser.add_argument("--photo", help="photograph for the picture of maps; default: a dev image that has the word")
     parser.add_argument("--word", default="dog", help="the word whose map is drawn under every kind")
     parser.add_argument("--sentence", default="a dog is running", help="the caption in which it stands")
@@ -85,51 +100,153 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(base: TrainConfig, options: argparse.Namespace, processes: Distributed) -> None:
-    """Train and measure the models that are missing, then write the table, the plot and the picture."""
+    """Train and measure the models that are missing, then write the tables, the plot and the picture."""
     folder = Path(base.output)
+    table = Table(Path(options.table or folder / "compare.csv"), base, processes)
+    tries = [
+        dict(zip(TUNED, values, strict=True))
+        for values in itertools.product(
+            options.learning_rates or [base.learning_rate], options.dropouts or [base.dropout]
+        )
+    ]
+    configs = {}
     results: dict[str, list[dict[str, float]]] = {}
     for kind in options.kinds:
+        first = [configure(base, kind, options.seeds[0], tuned) for tuned in tries]
+        best = first[0] if len(first) == 1 else max(first, key=lambda config: score_of(config, kind, table, processes))
+        configs[kind] = best
         for seed in options.seeds:
-            log.info("--- %s, seed %d", kind, seed)
-            results.setdefault(kind, []).append(run(base, kind, seed, folder / f"{kind}-{seed}", processes))
+            config = configure(base, kind, seed, {name: getattr(best, name) for name in TUNED})
+            results.setdefault(kind, []).append(figures_of(config, kind, options.pictures, table, processes))
     if not processes.is_first:
         return
     rows = [summary(kind, of_kind) for kind, of_kind in results.items()]
     text = markdown(rows)
+    folder.mkdir(parents=True, exist_ok=True)  # where every run is in the table, nothing has made it
     with replacing(folder / "compare.md") as path:
         path.write_text(text + "\n", "utf-8")
-    with replacing(folder / "compare.csv") as path:
-        path.write_text(as_csv(results), "utf-8")
     with replacing(folder / "compare.png") as path:
         draw_scores(rows, path)
-    photo = Path(options.photo) if options.photo else photo_of(options.word, base)
-    models = {kind: Captioner.from_pretrained(folder / f"{kind}-{options.seeds[0]}") for kind in options.kinds}
-    picture = same_word(load_image(photo), options.sentence, options.word, models)
-    with replacing(folder / "maps.png") as path:
-        picture.save(path, format="png")
     print(text)
-    log.info("table, plot and picture: %s", folder)
+    # Models that were trained on another machine need not be here.
+    here = [kind for kind, config in configs.items() if Path(config.output, MODEL_FILE).exists()]
+    if absent := configs.keys() - here:
+        log.warning("without a picture of maps: there is no model of %s in %s", ", ".join(sorted(absent)), folder)
+    if here:
+        photo = Path(options.photo) if options.photo else photo_of(options.word, base)
+        models = {kind: Captioner.from_pretrained(configs[kind].output) for kind in here}
+        with replacing(folder / "maps.png") as path:
+            same_word(load_image(photo), options.sentence, options.word, models).save(path, format="png")
+    log.info("results: %s", folder)
 
 
-def run(base: TrainConfig, kind: str, seed: int, output: Path, processes: Distributed) -> dict[str, float]:
-    """The figures of one kind and one seed, read from its folder if it has been trained and measured before."""
-    asked = {**dataclasses.asdict(base), **KINDS[kind], "seed": seed, "output": str(output), "resume": True}
+class Table:
+    """The table of all runs, a CSV file with a row for each.
+
+    Args:
+        path: of the file, which need not be there yet.
+        base: the options of all runs.
+        processes: of which the first one writes the file.
+
+    Raises:
+        ValueError: the file is another one, or its runs had other options.
+    """
+
+    def __init__(self, path: Path, base: TrainConfig, processes: Distributed) -> None:
+        self.path, self.processes = path, processes
+        self.options = digest_of_options(base)
+        rows: list[dict[str, str]] = []
+        if processes.is_first and path.exists():
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+        self.rows = processes.agree(rows)
+        if any(name not in row for row in self.rows for name in (*RUN, "options")):
+            raise ValueError(f"{path} is not a table of this command: it has no columns {', '.join(RUN)}")
+        if any(row["options"] != self.options for row in self.rows):
+            raise ValueError(f"the runs in {path} were trained with other options; give another --table")
+
+    def find(self, config: TrainConfig, kind: str) -> dict[str, float]:
+        """The figures of a run as far as they are known."""
+        key = self.key(config, kind)
+        found: dict[str, str] = next((row for row in self.rows if tuple(row[name] for name in RUN) == key), {})
+        return {name: float(text) for name, text in found.items() if text and name not in (*RUN, "options")}
+
+    def add(self, config: TrainConfig, kind: str, figures: Mapping[str, float]) -> None:
+        """Write the figures of a run, in place of those that were known."""
+        key = self.key(config, kind)
+        row = {**dict(zip(RUN, key, strict=True)), "options": self.options}
+        row |= {name: f"{value:.6g}" for name, value in figures.items()}
+        self.rows = [other for other in self.rows if tuple(other[name] for name in RUN) != key] + [row]
+        if self.processes.is_first:
+            text = io.StringIO()
+            file = csv.DictWriter(text, list(dict.fromkeys(itertools.chain(*self.rows))), restval="")
+            file.writeheader()
+            file.writerows(self.rows)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self.path) as path:
+                path.write_text(text.getvalue(), "utf-8")
+
+    @staticmethod
+    def key(config: TrainConfig, kind: str) -> tuple[str, ...]:
+        """The columns `RUN` of a run."""
+        return kind, str(config.seed), *(f"{getattr(config, name):g}" for name in TUNED)
+
+
+def digest_of_options(base: TrainConfig) -> str:
+    """A digest of the options of all runs, as far as they are not the defaults; without what differs between runs."""
+    ignored = {*FREE_OPTIONS, *TUNED, "seed", "export"}
+    defaults = options_for_resuming(TrainConfig())
+    options = options_for_resuming(base)
+    given = {name: value for name, value in options.items() if name not in ignored and value != defaults[name]}
+    return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def configure(base: TrainConfig, kind: str, seed: int, tuned: Mapping[str, float]) -> TrainConfig:
+    """The options of one run. Raises ValueError where they do not go together."""
+    name = "-".join([kind, str(seed), *(f"{value:g}" for value in tuned.values())])
+    asked = {**dataclasses.asdict(base), **KINDS[kind], **tuned, "seed": seed, "resume": True}
+    asked["output"] = str(Path(base.output) / name)
     own = MECHANISMS[asked["attention"]].option_defaults()
     asked["attention_options"] = tuple(text for text in base.attention_options if text.partition("=")[0] in own)
     config = TrainConfig(**asked)
-    train(config, processes)  # returns at once if the run is complete
-    if processes.is_first and not (output / RESULT).exists():
-        with replacing(output / RESULT) as path:
-            path.write_text(json.dumps(measure(config), indent=1) + "\n", "utf-8")
-    processes.barrier()
-    return dict(json.loads((output / RESULT).read_text("utf-8")))
+    check(config)
+    return config
 
 
-def measure(config: TrainConfig) -> dict[str, float]:
-    """The scores of a trained model on the dev images (beam size 5), its size, and the time of an epoch.
+def score_of(config: TrainConfig, kind: str, table: Table, processes: Distributed) -> float:
+    """The dev score of a run, which is trained first if it is not in the table."""
+    if TRIED not in table.find(config, kind):
+        log.info(
+            "--- %s, seed %d, learning rate %g, dropout %g", kind, config.seed, config.learning_rate, config.dropout
+        )
+        table.add(config, kind, {TRIED: 100 * train(config, processes)})  # goes on where it was stopped
+    return table.find(config, kind)[TRIED]
 
-    Scores and entropy are means over the data sets that have dev images; where there are several, the scores on each
-    of them follow as "NAME CIDEr".
+
+def figures_of(
+    config: TrainConfig, kind: str, pictures: int | None, table: Table, processes: Distributed
+) -> dict[str, float]:
+    """All figures of a run, which is trained and measured first if they are not in the table."""
+    wanted = ("CIDEr", *(MAPS if pictures else ()))
+    known = {"learning_rate": config.learning_rate, "dropout": config.dropout}
+    score_of(config, kind, table, processes)
+    if any(name not in table.find(config, kind) for name in wanted):
+        if not Path(config.output, MODEL_FILE).exists():
+            train(config, processes)  # on this machine it has not been
+        found = processes.agree(measure(config, pictures) if processes.is_first else None)
+        table.add(config, kind, {**table.find(config, kind), **found})
+    return {**known, **table.find(config, kind)}
+
+
+def measure(config: TrainConfig, pictures: int | None = None) -> dict[str, float]:
+    """The scores of a trained model on the dev images (beam size 5), its size, the time of an epoch, and its maps.
+
+    Scores and what is measured of the maps are means over the data sets that have dev images; where there are several,
+    the scores on each of them follow as "NAME CIDEr".
+
+    Args:
+        config: of the run.
+        pictures: how many to measure maps on, of each data set; None for none.
     """
     captioner = Captioner.from_pretrained(config.output, config.device, engine="torch")
     dev = {
@@ -152,73 +269,40 @@ def measure(config: TrainConfig) -> dict[str, float]:
     parameters = sum(
         weights.numel() for name, weights in captioner.model.named_parameters() if not name.startswith("encoder.")
     )
-    return {
+    figures = {
         "parameters": parameters,
+        "epochs": len(seconds),
         "seconds an epoch": statistics.median(seconds),
         **mean_of_each(list(of_sets.values())),
         "entropy": statistics.mean(one.figures["attention entropy"] for one in evaluations.values()),
         **(each if len(of_sets) > 1 else {}),
     }
+    if pictures:
+        figures |= mean_of_each([measure_maps(config, items, pictures) for items in dev.values()])
+    return figures
 
 
-def summary(kind: str, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The mean and the standard deviation ("spread") of each figure over the seeds."""
-    row: dict[str, Any] = {"kind": kind, "seeds": len(results)}
-    for name in results[0]:
-        values = [result[name] for result in results]
-        row[name] = float(np.mean(values))
-        row[f"{name} spread"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    return row
+def measure_maps(config: TrainConfig, items: Sequence[CaptionedImage], pictures: int) -> dict[str, float]:
+    """What `training.pointing` and `training.truth` measure, under the names of `MAPS`; NaN where there is no word.
 
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table; scores as mean ± standard deviation over the seeds, first the means over several data sets."""
-    of_sets = [name for name in rows[0] if name.endswith(tuple(f" {score}" for score in SCORES))]
-
-    def cell(row: Mapping[str, Any], name: str, digits: int = 1) -> str:
-        if math.isnan(row[name]):
-            return "left out" if name.rpartition(" ")[2] in NEED_JAVA else "-"
-        spread = f" ± {row[f'{name} spread']:.{digits}f}" if row["seeds"] > 1 else ""
-        return f"{row[name]:.{digits}f}{spread}"
-
-    lines = [
-        f"| attention | parameters | s an epoch | {' | '.join([*SCORES, *of_sets])} | entropy of alpha |",
-        "|---" + "|--:" * (len(SCORES) + len(of_sets) + 3) + "|",
-    ]
-    for row in rows:
-        scores = " | ".join(cell(row, name) for name in (*SCORES, *of_sets))
-        lines.append(
-            f"| `{row['kind']}` | {row['parameters'] / 1e6:.2f} M | {row['seconds an epoch']:.0f} | {scores} "
-            f"| {cell(row, 'entropy', 2)} |"
-        )
-    return "\n".join(lines)
-
-
-def as_csv(results: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    """One line for each run."""
-    text = io.StringIO()
-    first = next(iter(results.values()))[0]
-    table = csv.DictWriter(text, ["kind", *first])
-    table.writeheader()
-    table.writerows({"kind": kind, **result} for kind, of_kind in results.items() for result in of_kind)
-    return text.getvalue()
-
-
-def draw_scores(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the scores of every kind as bars, with their standard deviation."""
-    from matplotlib.figure import Figure
-
-    plot = Figure(figsize=(11, 3.6), layout="constrained")
-    kinds = [row["kind"] for row in rows]
-    for axes, name in zip(plot.subplots(1, len(SCORES)), SCORES, strict=True):
-        values = [row[name] for row in rows]
-        axes.barh(kinds, values, xerr=[row[f"{name} spread"] for row in rows], color="#4c72b0")
-        axes.invert_yaxis()
-        axes.set_title(f"{name} on dev")
-        known = [value for value in values if not math.isnan(value)]
-        if known:
-            axes.set_xlim(0.85 * min(known), 1.05 * max(known))
-    plot.savefig(path, format="png", dpi=110)
+    Deletion and insertion are those of the largest regions first, less a random map's.
+    """
+    captioner = Captioner.from_pretrained(config.output, config.device)
+    network = Captioner.from_pretrained(config.output, config.device, engine="torch").model
+    figures = dict.fromkeys(MAPS, math.nan)
+    try:
+        pointing = check_pointing(captioner, items, pictures)
+        figures |= {"pointing hits": 100 * pointing.hits, "pointing weight": 100 * pointing.weight}
+        truth = check_truth(captioner, network, items, pictures)
+    except ValueError as error:
+        log.warning("maps left out: %s", error)
+        return figures
+    for name in ("attention", "evidence"):
+        figures[f"{name} deletion"] = truth.excess[name][0]
+        figures[f"{name} insertion"] = truth.insertion[name][0] - truth.insertion["random"][0]
+    for name in ("evidence", "input gradient"):
+        figures[f"attention, {name}"] = truth.correlations[f"attention, {name}"][0]
+    return figures
 
 
 def photo_of(word: str, config: TrainConfig) -> Path | bytes:
@@ -229,21 +313,6 @@ def photo_of(word: str, config: TrainConfig) -> Path | bytes:
         return sum(word in caption.lower().split() for caption in item.captions)
 
     return max(items, key=mentions).source()
-
-
-def same_word(photo: Image.Image, sentence: str, word: str, models: Mapping[str, Captioner]) -> Image.Image:
-    """One photograph with the map of each kind for one word, under teacher forcing with the same sentence.
-
-    Args:
-        photo: the photograph.
-        sentence, word: the caption that all read, and the word in it whose maps are drawn.
-        models: by the title of their map; all have the same encoder.
-    """
-    captions = [captioner.teacher_forced(photo, sentence) for captioner in models.values()]
-    maps = np.stack([caption.attention[caption.index(word)] for caption in captions])
-    return figure(
-        photo, list(models), maps, columns=math.ceil((len(models) + 1) / 2), displacement=captions[0].displacement
-    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from captioner.api import Captioner
 from captioner.checkpoint import CheckpointError
@@ -23,12 +24,13 @@ from captioner.pretrained import DEFAULT_MODEL
 
 from . import command
 from .config import add_data_flag
-from .data.items import SPLITS, DatasetError
+from .data.items import SPLITS, CaptionedImage, DatasetError
 from .data.sources import read_sources, read_split
 from .distributed import Distributed, distributed
 from .evaluation import captions_json, evaluate, evaluations_json, table
 from .pointing import check_pointing
 from .report import write_report
+from .truth import check_truth
 from .words import tokenize
 
 log = logging.getLogger("training")
@@ -48,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length-penalty", type=float, help="see Captioner.caption")
     parser.add_argument("--batch-size", type=positive, default=32, help="images that go through the network together")
     parser.add_argument("--limit", type=positive, help="at most this number of images of each data set, the first ones")
+    parser.add_argument(
+        "--truth", type=positive, metavar="N", help="also measure on N images of each set whether maps tell the truth"
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda; auto takes a GPU where there is one")
     parser.add_argument("--engine", choices=ENGINES, help="what computes the captions; default: as in Captioner")
     parser.add_argument("--cache", default="", help="folder for copies and indexes of shards; as in training")
@@ -100,6 +105,7 @@ def run(options: argparse.Namespace, processes: Distributed) -> None:
             print(f"{name}, two photographs side by side: {found}")
         except ValueError as error:
             log.warning("%s, pointing left out: %s", name, error)
+    truth = measure_truth(options, captioner, sets) if options.truth else {}
 
     figures = {
         "model": str(options.model),
@@ -108,6 +114,7 @@ def run(options: argparse.Namespace, processes: Distributed) -> None:
         "options": {"batch_size": options.batch_size, "device": captioner.engine.device, **search},
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "pycocoevalcap")}},
         "pointing": pointing,
+        "truth": truth,
         "evaluations": [evaluations_json(evaluations) for evaluations in beams],
     }
     captions = [entry for name, items in sets.items() for entry in captions_json(widest[name], items)]
@@ -117,6 +124,22 @@ def run(options: argparse.Namespace, processes: Distributed) -> None:
     title = f"{options.model} on {' and '.join(sets)} {options.split}"
     write_report(folder / "report.html", title, table(beams), {name: (widest[name], sets[name]) for name in sets})
     log.info("report: %s", folder / "report.html")
+
+
+def measure_truth(
+    options: argparse.Namespace, captioner: Captioner, sets: Mapping[str, Sequence[CaptionedImage]]
+) -> dict[str, dict[str, Any]]:
+    """Print what `training.truth` measures on each data set. Returns the figures."""
+    network = Captioner.from_pretrained(options.model, options.device, engine="torch").model
+    truth = {}
+    for name, items in sets.items():
+        try:
+            found = check_truth(captioner, network, items, options.truth)
+            truth[name] = dataclasses.asdict(found)
+            print(f"\n{name}, whether maps tell the truth\n\n{found}")
+        except ValueError as error:
+            log.warning("%s, truth left out: %s", name, error)
+    return truth
 
 
 if __name__ == "__main__":
