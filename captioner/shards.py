@@ -21,8 +21,8 @@ TABLE_ROWS = 32  # that are read at a time
 MAX_SHARDS = 1_000_000
 BRACES = re.compile(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}")
 RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-# WebDataset's rule: the key of a sample ends before the first dot of the file's name, and hidden files have none.
-KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.[^/]*", re.DOTALL)
+# WebDataset's rule: the key of a sample ends before the first dot of a file's name. Hidden files have none.
+SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
 
 
 class ShardError(ValueError):
@@ -143,13 +143,13 @@ def files_in(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The regular files of an archive that belong to a sample."""
     while member := archive.next():
         archive.members = []  # type: ignore[attr-defined]  # otherwise it keeps all that it has seen
-        if member.isfile() and KEY.fullmatch(member.name):
+        if member.isfile() and SAMPLE.fullmatch(member.name):
             yield member
 
 
 def sample_key(member: tarfile.TarInfo) -> str:
     """The key of the sample to which a file belongs."""
-    return KEY.fullmatch(member.name)[1]  # type: ignore[index]  # files without a key have been left out
+    return SAMPLE.fullmatch(member.name)[1]  # type: ignore[index]  # files without a key have been left out
 
 
 def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> ImageSource:

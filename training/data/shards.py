@@ -28,6 +28,7 @@ from webdataset.shardlists import expand_urls
 
 from captioner.files import SUFFIXES, replacing
 from captioner.images import MAX_BYTES, ImageError, load_image
+from captioner.shards import SAMPLE
 
 from ..distributed import Distributed
 from .download import PrepareError, download
@@ -38,7 +39,6 @@ from .sources import SPLIT_NAMES
 UNNAMED = "shards"  # name of a data set that no one has named
 BLOCK = 512  # bytes, of a tar file
 FILE_NAME = re.compile(r"([^/\s=]+\.tar)\b")
-SAMPLE = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")  # the key and the ending, as the package webdataset divides them
 SPLIT_OF_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?![a-z])")
 
 
