@@ -49,6 +49,7 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
 
         graphs = export_graphs(description.config, description.preprocessing.size)
     annotate, encode, step = map(weights_by_name, (graphs.annotate, graphs.encode, graphs.step))
+    # In WebAssembly a step in 8 bits is the slower one: the operator makes float32 of all integers each time.
     graphs = graphs._replace(annotate=annotate, encode=encode, step=step, quantized_step=None)
     description = dataclasses.replace(description, graphs=graphs)
     save_model(folder / MODEL_FILE, description, weights, half=True)
