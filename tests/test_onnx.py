@@ -144,6 +144,26 @@ def test_graphs_of_files_from_before_there_were_matrices_in_8_bits_are_used(enco
     assert Graphs.from_text(json.dumps(values)) == encoder_graph
 
 
+def test_graphs_whose_weights_were_said_to_be_in_one_file_are_used():
+    """As in files that were written before each weight had a file of its own name."""
+    model = small_model(30)
+    graphs = export.export_graphs(model.config, SIZE)
+    before = {}
+    for part in ("annotate", "encode", "step"):
+        proto = onnx.load_model_from_string(getattr(graphs, part).model)
+        for tensor in proto.graph.initializer:
+            for entry in tensor.external_data:
+                assert (entry.key, entry.value) == ("location", tensor.name)
+                entry.value = MODEL_FILE
+        before[part] = getattr(graphs, part)._replace(model=proto.SerializeToString())
+    images = np.random.default_rng(0).normal(size=(2, 3, *SIZE)).astype(np.float32)
+    found = [
+        search.beam_search(each, each.annotate(images), max_length=4)
+        for each in (OnnxEngine(one, weights_of(model)) for one in (graphs, graphs._replace(**before)))
+    ]
+    assert all(np.array_equal(*parts) for parts in zip(*(each[:4] for each in found), strict=True))
+
+
 def test_exporting_leaves_the_random_numbers_of_training_as_they_are(encoder_graph):
     config = small_model(30).config
     torch.manual_seed(5)

@@ -1,6 +1,7 @@
 """The page without a server: what it captions in Chromium is what the library captions."""
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -9,6 +10,8 @@ import itertools
 import json
 import os
 import re
+import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +29,7 @@ from captioner import Captioner, cli, web
 from captioner.checkpoint import Checkpoint
 from captioner.engine import Step
 from captioner.images import Preprocessing, load_image
+from captioner.modelfile import MODEL_FILE, read_model, save_model
 from captioner.search import beam_search
 from captioner.vocabulary import PAD, Vocabulary
 
@@ -360,6 +364,26 @@ def test_a_model_with_several_heads_gets_its_graphs_for_the_page_alone(browser, 
                 peaks = [weights.max() * weights.size for weights in maps]
                 assert [each["peak"] for each in word["maps"]] == pytest.approx(peaks, abs=1e-2)
     page.close()
+
+
+def test_a_model_with_graphs_needs_no_package_for_its_page(runtime, small_folder, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model" / MODEL_FILE
+    model.parent.mkdir()
+    shutil.copy(small_folder / MODEL_FILE, model)
+    command = [str(model), "--web", str(tmp_path / "site")]
+    assert cli.export([str(model)]) == 0
+    description, weights = read_model(model)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert cli.export(command) == 0
+    assert read_model(tmp_path / "site" / MODEL_FILE)[0].graphs == description.graphs
+    step = description.graphs.step
+    old = step._replace(model=step.model.replace(b"decoder.output_bias", web.ONE_FILE))
+    save_model(model, dataclasses.replace(description, graphs=description.graphs._replace(step=old)), weights)
+    assert cli.export(command) == 2
+    assert "pip install 'captioner[export]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.export(command) == 0
+    assert read_model(tmp_path / "site" / MODEL_FILE)[0].graphs.step == step
 
 
 @needs_chromium

@@ -166,11 +166,14 @@ def export(
 
 
 def add_weight(graph: Any, name: str, kind: int, shape: Sequence[int]) -> None:
-    """Declare a weight that the graph is given when it is loaded."""
+    """Declare a weight that the graph is given when it is loaded.
+
+    It is said to be a file of the weight's name, because in the browser ONNX Runtime takes weights as such files.
+    """
     from onnx import TensorProto
 
     tensor = graph.initializer.add(name=name, data_type=kind, dims=shape, data_location=TensorProto.EXTERNAL)
-    tensor.external_data.add(key="location", value="model.safetensors")
+    tensor.external_data.add(key="location", value=name)
 
 
 def quantize_graph(graph: Graph) -> Graph | None:

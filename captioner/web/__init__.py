@@ -13,7 +13,6 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from captioner.engine import Graph
 from captioner.files import replacing
 from captioner.heatmap import ANCHORS, colour_table
 from captioner.modelfile import MODEL_FILE, read_model, save_model
@@ -24,6 +23,7 @@ VIEWER = tuple(FILES / name for name in ("regions.js", "changes.js", "viewer.js"
 RUNTIME_PACKAGE, RUNTIME = "onnxruntime-web@1.30.0", "onnxruntime-web-1.30.0.tgz"
 RUNTIME_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="  # from npm
 TIMEOUT = 300  # seconds for npm to fetch it
+ONE_FILE = b"model.safetensors"  # in graphs that were written before each weight was a file of its own
 
 
 def write_page(model: Path, folder: Path, runtime: bytes) -> None:
@@ -33,7 +33,8 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     stored in float16 gives the captions that it gives in the library.
 
     Args:
-        model: the model's file. Graphs are made for the page where it has none, which needs torch.
+        model: the model's file. Graphs are made for the page where it has none, or those of an earlier version, which
+            needs torch.
         folder: where to write; made if need be. Other files in it are left as they are.
         runtime: what `read_runtime` gave.
 
@@ -44,14 +45,12 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     """
     description, weights = read_model(model)
     graphs = description.graphs
-    if graphs is None:
+    if graphs is None or ONE_FILE in graphs.step.model:
         from captioner.network.export import export_graphs
 
         graphs = export_graphs(description.config, description.preprocessing.size)
-    annotate, encode, step = map(weights_by_name, (graphs.annotate, graphs.encode, graphs.step))
     # In WebAssembly a step in 8 bits is the slower one: the operator makes float32 of all integers each time.
-    graphs = graphs._replace(annotate=annotate, encode=encode, step=step, quantized_step=None)
-    description = dataclasses.replace(description, graphs=graphs)
+    description = dataclasses.replace(description, graphs=graphs._replace(quantized_step=None))
     save_model(folder / MODEL_FILE, description, weights, half=True)
     copied = shutil.ignore_patterns("*.py", "__pycache__", "make.js", *(path.name for path in VIEWER))
     shutil.copytree(FILES, folder, ignore=copied, dirs_exist_ok=True)
@@ -71,19 +70,6 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
 def component_script(*scripts: Path) -> str:
     """The body of the function that draws a component: scripts of this folder or of the demo, after what all use."""
     return "".join(file.read_text("utf-8") for file in (FILES / "make.js", *scripts))
-
-
-def weights_by_name(graph: Graph) -> Graph:
-    """The graph with each weight in a file of the weight's name. In the browser these are the names of arrays."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise ImportError("to write a page, pip install 'captioner[export]'") from error
-    model = onnx.load_model_from_string(graph.model)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            entry.value = tensor.name
-    return graph._replace(model=model.SerializeToString())
 
 
 def write_runtime(runtime: bytes, folder: Path) -> None:
