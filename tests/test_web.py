@@ -185,6 +185,41 @@ def test_hidden_regions_are_not_looked_at(open_page, library):
 
 
 @needs_chromium
+def test_what_the_words_rest_on_is_shown_once_it_is_asked_for(open_page, library):
+    def shows(*captions):
+        status = page.get_by_role("status")
+        expect(status).not_to_contain_text("What it used")
+        expect(status).to_contain_text("What it used was measured on this device", timeout=60_000)
+        for line, caption in zip((".words:not(.before)", ".words.before"), captions, strict=False):
+            titles = [each.get_attribute("title") for each in page.locator(f"{line} .word").all()]
+            peaks = [float(re.search(r"largest evidence ([\d.]+) nats", title)[1]) for title in titles]
+            assert peaks == pytest.approx(caption.evidence.max(axis=(1, 2)), abs=6e-3)
+
+    page = open_page()
+    path = PHOTOS / "cat.jpg"
+    upload(page, path)
+    wait(page)
+    whole = library.caption(path, evidence=True, keep_annotations=True)
+    page.get_by_role("button", name="What it used").click()
+    expect(page.locator(".legend")).to_contain_text("Being measured.")
+    shows(whole)
+    number = int(whole.evidence.max(axis=(1, 2)).argmax())
+    page.locator(".words .word").nth(number).hover()
+    expect(page.locator(".stage canvas")).to_have_attribute("data-word", whole.words[number])
+    shown = picture(page)
+    ours = whole.heatmap(number, of="evidence").resize((shown.shape[1], shown.shape[0]))
+    assert np.abs(shown - np.asarray(ours)).mean() < 4
+    page.get_by_role("button", name="Row 4, column 4").click()
+    hide = np.zeros(library.config.grid, dtype=bool)
+    hide[3, 3] = True
+    shows(library.caption(whole, evidence=True, hide=hide), whole)
+    upload(page, PHOTOS / "photographer.jpg")
+    shows(library.caption(PHOTOS / "photographer.jpg", evidence=True))
+    page.get_by_role("button", name="Where it looked").click()
+    assert "weight" in page.locator(".words .word").first.get_attribute("title")
+
+
+@needs_chromium
 def test_photos_can_be_dropped_and_pasted_and_what_is_none_gets_a_sentence(open_page, library, tmp_path):
     page = open_page()
     (tmp_path / "text.jpg").write_text("no picture")
@@ -328,6 +363,29 @@ def test_the_search_has_the_rules_of_the_library(module):
 
 
 @needs_chromium
+def test_evidence_is_the_librarys(module, library):
+    hidden = [0, 1, 9, 10, 63]
+    hide = np.zeros(library.config.grid, dtype=bool)
+    hide.flat[hidden] = True
+    path = PHOTOS / "cat.jpg"
+    code = """const { Captioner } = await import("./captioner.js");
+        const { measureEvidence } = await import("./evidence.js");
+        const photo = await (await fetch(`data:image/jpeg;base64,${values[0]}`)).blob();
+        const captioner = await Captioner.load();
+        await captioner.caption(photo, []);
+        await captioner.caption(null, values[1]);
+        const { engine, annotations, grid } = captioner;
+        return Promise.all([captioner.whole, captioner.without].map(async ({ words, mask }) => (
+            await measureEvidence(engine, annotations, mask, words, { grid, window: 3, wanted: () => true })
+        ).map((values) => Array.from(values))));"""
+    found = module(code, base64.b64encode(path.read_bytes()).decode(), hidden)
+    for theirs, options in zip(found, ({}, {"hide": hide}), strict=True):
+        evidence = library.caption(path, evidence=True, **options).evidence
+        assert np.abs(np.reshape(theirs, evidence.shape) - evidence).max() < 1e-3
+        assert evidence.max() > 0.1
+
+
+@needs_chromium
 def test_a_model_with_several_heads_gets_its_graphs_for_the_page_alone(browser, serve, runtime, tmp_path):  # noqa: F811
     vocabulary = Vocabulary(["it", "'s", "ca", "n't", *(f"word{number}" for number in range(32))])
     sizes = {"attention_size": 12, "hidden_size": 12, "heads": 3, "attention_options": {"heads": 3}}
@@ -349,11 +407,17 @@ def test_a_model_with_several_heads_gets_its_graphs_for_the_page_alone(browser, 
             """async (data) => {
                 const { Captioner } = await import("./captioner.js");
                 const photo = await (await fetch(`data:image/jpeg;base64,${data}`)).blob();
-                return (await Captioner.load()).caption(photo, []);
+                const captioner = await Captioner.load();
+                await captioner.caption(photo, []);
+                return captioner.measure(() => true);
             }""",
             base64.b64encode(path.read_bytes()).decode(),
         )
-        caption = model.caption(path)
+        caption = model.caption(path, evidence=True)
+        assert [word["evidence"]["peak"] for word in found["captions"][0]["words"]] == pytest.approx(
+            caption.evidence.max(axis=(1, 2)), abs=1e-3
+        )
+        assert caption.evidence.max() > 1e-2
         assert found["heads"] == caption.heads > 1
         for ours, theirs in zip([caption, *caption.alternatives], found["captions"], strict=True):
             assert theirs["text"] == ours.sentence()
@@ -391,12 +455,9 @@ def test_maps_are_smoothed_as_in_the_demo(module):
     from app.rendering import MAP_SIZE, packed_map
 
     weights = np.random.default_rng(0).dirichlet(np.ones(30)).reshape(5, 6).astype(np.float32)
-    for displacement in ((0.0, 0.0), (0.1, 0.26)):
-        code = "return (await import('./heatmap.js')).mapBytes(values[0], 5, 6, values[1]);"
-        found, expected = (
-            module(code, weights.flatten().tolist(), displacement),
-            packed_map(weights, displacement, weights.size),
-        )
+    for values, *options in ((weights, (0.0, 0.0), 30), (weights, (0.1, 0.26), 30), (0 * weights, (0.1, 0.26))):
+        code = "return (await import('./heatmap.js')).mapBytes(values.shift(), 5, 6, ...values);"
+        found, expected = module(code, values.flatten().tolist(), *options), packed_map(values, *options)
         assert found["peak"] == pytest.approx(expected["peak"], rel=1e-5)
         ours, theirs = (np.frombuffer(base64.b64decode(each["bytes"]), np.uint8) for each in (expected, found))
         assert len(ours) == MAP_SIZE**2

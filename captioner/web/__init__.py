@@ -15,6 +15,7 @@ from pathlib import Path
 
 from captioner.files import replacing
 from captioner.heatmap import ANCHORS, colour_table
+from captioner.hiding import EVIDENCE_WINDOW
 from captioner.modelfile import MODEL_FILE, read_model, save_model
 from captioner.search import BEAM_SIZE, BLOCK_NGRAMS, LENGTH_PENALTY, MAX_LENGTH
 
@@ -63,7 +64,8 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
         "block_ngrams": BLOCK_NGRAMS,
     }
     colours = {name: colour_table(name).astype(int).tolist() for name in ANCHORS}
-    (folder / "settings.json").write_text(json.dumps({"search": search, "colours": colours}), "utf-8")
+    settings = {"search": search, "evidence_window": EVIDENCE_WINDOW, "colours": colours}
+    (folder / "settings.json").write_text(json.dumps(settings), "utf-8")
     write_runtime(runtime, folder / "onnxruntime")
 
 

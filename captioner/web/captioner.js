@@ -1,5 +1,6 @@
 // Photos in, captions out, as captioner/api.py does it in the library.
 import { Engine } from "./engine.js";
+import { measureEvidence } from "./evidence.js";
 import { mapBytes } from "./heatmap.js";
 import { fetchBytes, readModel } from "./modelfile.js";
 import { networkInput, previewOf, readPhoto } from "./photo.js";
@@ -11,7 +12,7 @@ export class Captioner {
   // `progress` is called with the bytes of the model that have come and with all of them.
   static async load(progress) {
     const captioner = new Captioner();
-    captioner.search = (await (await fetch("settings.json")).json()).search;
+    captioner.settings = await (await fetch("settings.json")).json();
     const { texts, weight } = readModel(await fetchBytes("model.safetensors", progress));
     captioner.words = [...SPECIAL, ...texts.vocabulary];
     captioner.preprocessing = texts.preprocessing;
@@ -22,7 +23,8 @@ export class Captioner {
     return captioner;
   }
 
-  // What viewer.js shows. Without a photo, a Blob, the previous one is captioned again; `hidden`: numbers of regions.
+  // Caption a photo, a Blob, or the previous one where none is given, without the `hidden` regions, which are numbers.
+  // Gives what viewer.js shows, and for a photo its preview.
   async caption(photo, hidden) {
     let preview = null;
     if (photo) {
@@ -31,26 +33,54 @@ export class Captioner {
       this.annotations = await this.engine.annotate(networkInput(bitmap, this.preprocessing), [1, 3, ...size]);
       preview = await previewOf(bitmap);
       this.size = { width: preview.width, height: preview.height };
+      [this.whole, this.without] = [await this.read([]), null];
     }
+    if (String(hidden) !== String((this.without || this.whole).hidden)) {
+      this.without = hidden.length ? await this.read(hidden) : null;
+    }
+    return { preview: preview && preview.blob, ...this.shown() };
+  }
+
+  // The captions of the photo without the hidden regions.
+  async read(hidden) {
     const mask = new Uint8Array(this.annotations.dims[1]).fill(1);
     hidden.forEach((region) => (mask[region] = 0));
-    const found = await beamSearch(this.engine, this.annotations, mask, this.search);
+    const found = await beamSearch(this.engine, this.annotations, mask, this.settings.search);
+    return { hidden, mask, words: found[0].words.filter(isWord), captions: found.map((each) => this.describe(each)) };
+  }
+
+  // What viewer.js shows, and whether evidence is measured.
+  shown() {
     return {
-      preview: preview && preview.blob,
       ...this.size,
-      hidden,
       grid: this.grid,
       displacement: this.displacement,
       heads: this.engine.heads,
-      regions: mask.length,
-      captions: found.map((each) => this.describe(each)),
+      regions: this.annotations.dims[1],
+      captions: this.whole.captions,
+      hidden: this.without && this.without.captions,
+      hidden_regions: this.without ? this.without.hidden.length : 0,
+      measured: [this.whole, this.without].every((each) => !each || each.measured),
     };
+  }
+
+  // Add evidence to the words of the captions, not to those of their alternatives. Gives what viewer.js shows; null
+  // where `wanted`, see evidence.js, ends it.
+  async measure(wanted) {
+    const { grid, displacement, settings } = this;
+    for (const each of [this.whole, this.without].filter((one) => one && !one.measured)) {
+      const options = { grid, window: settings.evidence_window, wanted };
+      const evidence = await measureEvidence(this.engine, this.annotations, each.mask, each.words, options);
+      if (!evidence) return null;
+      each.captions[0].words.forEach((word, number) => (word.evidence = mapBytes(evidence[number], ...grid, displacement)));
+      each.measured = true;
+    }
+    return this.shown();
   }
 
   // A hypothesis of the search: its text, its confidence, its words with their maps (first the mean over the heads).
   describe({ words, logProbabilities, alphas }) {
-    const [rows, columns] = this.grid;
-    const shown = words.filter((word) => word !== END).map((word) => this.words[word]);
+    const shown = words.filter(isWord).map((word) => this.words[word]);
     const total = logProbabilities.reduce((sum, each) => sum + each, 0);
     return {
       text: sentence(shown),
@@ -62,12 +92,14 @@ export class Captioner {
         return {
           word,
           probability: Math.exp(logProbabilities[number]),
-          maps: maps.map((weights) => mapBytes(weights, rows, columns, this.displacement)),
+          maps: maps.map((weights) => mapBytes(weights, ...this.grid, this.displacement, weights.length)),
         };
       }),
     };
   }
 }
+
+const isWord = (word) => word !== END;
 
 const mean = (maps) => maps[0].map((_, region) => maps.reduce((sum, map) => sum + map[region], 0) / maps.length);
 

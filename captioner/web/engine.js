@@ -24,9 +24,10 @@ export class Engine {
     return (await this.sessions.annotate.run({ images: new ort.Tensor("float32", values, shape) })).annotations;
   }
 
-  // What every step reads, and the state before the first word. `mask`: 1 where a region is visible, 0 elsewhere.
+  // What every step reads, and the state before the first word. `mask`: 1 where a region is visible, 0 elsewhere, of one
+  // image after the other.
   async encode(annotations, mask) {
-    const given = { annotations, mask: new ort.Tensor("bool", mask, [1, mask.length]) };
+    const given = { annotations, mask: new ort.Tensor("bool", mask, annotations.dims.slice(0, 2)) };
     const memory = { ...given };
     const state = {};
     for (const [name, tensor] of Object.entries(await this.sessions.encode.run(given))) {
@@ -36,10 +37,11 @@ export class Engine {
     return { memory, state };
   }
 
-  // Read one word of each caption. Gives, by caption, the scores of the next word and the attention weights of all
-  // heads, and the state after it.
+  // Read one word of each caption: of one image, or one of each image. Gives, by caption, the scores of the next word and
+  // the attention weights of all heads, and the state after it.
   async step(memory, state, tokens) {
-    const ids = new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [1, tokens.length]);
+    const images = memory.mask.dims[0];
+    const ids = new ort.Tensor("int64", BigInt64Array.from(tokens, BigInt), [images, tokens.length / images]);
     const { logits, alpha, ...rest } = await this.sessions.step.run({ ...memory, ...state, tokens: ids });
     this.heads = alpha.dims[2];
     const next = Object.entries(rest).filter(([name]) => name.startsWith("next_"));
@@ -57,9 +59,9 @@ export class Engine {
   }
 }
 
-// Tensor (1, rows, ...) -> the values of one row.
+// Tensor (images, rows, ...) -> the values of one row of all.
 function rowOf(tensor, row) {
-  const size = tensor.data.length / tensor.dims[1];
+  const size = tensor.data.length / (tensor.dims[0] * tensor.dims[1]);
   return tensor.data.slice(row * size, (row + 1) * size);
 }
 

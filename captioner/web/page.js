@@ -4,15 +4,19 @@ import { MAP_SIZE } from "./heatmap.js";
 
 const byId = (id) => document.getElementById(id);
 const { colours } = await (await fetch("settings.json")).json();
-const props = { tables: colours, map_size: MAP_SIZE, value: null };
+const props = { tables: colours, map_size: MAP_SIZE, measures: true, value: null };
 let show; // draws props.value
 let choosing = false; // a photo is on its way; the regions shown are another's
-viewer(byId("viewer"), props, (_, draw) => (show = draw), (_, { regions }) => choosing || ask({ hidden: regions }));
+let measuring = false; // whether evidence is measured for each caption: once people have asked for it
+viewer(byId("viewer"), props, (_, draw) => (show = draw), (_, { regions, evidence }) => {
+  measuring = evidence;
+  if (!choosing) ask({ hidden: regions });
+});
 
 const worker = new Worker("worker.js", { type: "module" });
 let ready = false;
 let latest = 0; // the number of the latest question; answers to others are dropped
-let asked = 0; // when it was asked, in milliseconds
+let asked = 0; // when it was asked, or evidence was, in milliseconds
 
 function report(status, error = "") {
   byId("status").textContent = status;
@@ -43,25 +47,28 @@ worker.onmessage = ({ data }) => {
   } else if (data.number === undefined || data.number === latest) {
     choosing = false;
     if (data.error) report("", data.error);
-    else answer(data.result);
+    else answer(data);
   }
 };
 worker.onerror = () => report("", "This browser cannot run the network.");
 
 const megabytes = (bytes) => Math.round(bytes / 1e6);
 
-// What was found for a photo that was chosen, which comes with a preview, or for the previous one without some regions.
-function answer({ preview, hidden, captions, ...result }) {
-  if (preview) {
-    if (props.value) URL.revokeObjectURL(props.value.results[0].photo);
-    props.value = { results: [{ model: "Caption", ...result, photo: URL.createObjectURL(preview), captions }], asked: latest };
-  } else {
-    const [whole] = props.value.results;
-    props.value = { ...props.value, results: [{ ...whole, hidden: hidden.length ? captions : null, hidden_regions: hidden.length }] };
-  }
+// What was found for a photo that was chosen, which comes with a preview, or for the previous one. `measure`: evidence
+// has come to what is shown already.
+function answer({ measure, result: { preview, measured, ...result } }) {
+  const before = props.value && props.value.results[0].photo;
+  if (preview && before) URL.revokeObjectURL(before);
+  const photo = preview ? URL.createObjectURL(preview) : before;
+  props.value = { results: [{ model: "Caption", ...result, photo }], asked: preview ? latest : props.value.asked };
   show();
+  const [{ text }] = result.hidden || result.captions;
   const seconds = ((performance.now() - asked) / 1000).toFixed(1);
-  report(`${captions[0].text} Captioned on this device in ${seconds} seconds.`);
+  report(`${text} ${measure ? "What it used was measured" : "Captioned"} on this device in ${seconds} seconds.`);
+  if (measuring && !measured) {
+    asked = performance.now();
+    worker.postMessage({ number: latest, measure: true });
+  }
 }
 
 for (const input of [byId("file"), byId("camera")]) {

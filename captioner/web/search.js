@@ -39,6 +39,22 @@ export async function beamSearch(engine, annotations, mask, options) {
   return beams;
 }
 
+// A caption that is given, read word by word for each of several images: teacher forcing.
+//   annotations: (images, regions, channels). mask: 1 where a region is visible, of one image after the other.
+//   words: ids.
+// Returns for each word its log-probabilities, one for each image.
+export async function follow(engine, annotations, mask, words) {
+  const { memory, state: first } = await engine.encode(annotations, mask);
+  let state = first;
+  const found = [];
+  for (let t = 0; t < words.length; t++) {
+    const step = await engine.step(memory, state, new Array(annotations.dims[0]).fill(t ? words[t - 1] : START));
+    found.push(step.logits.map((logits) => logSoftmax(allowed(logits, words.slice(0, t), 0))[words[t]]));
+    state = step.state;
+  }
+  return found;
+}
+
 const hasEnded = ({ words }) => words.at(-1) === END;
 
 // The scores of the next word with what must not come next ruled out: special words, an empty caption, and a word that

@@ -11,7 +11,7 @@ function ask(change) {
   Object.assign(question, change);
   remember();
   const regions = regionsIn(question.hide, cellsOf(props.value.results[0]));
-  trigger("select", { regions });
+  trigger("select", { regions, evidence: question.evidence });
 }
 
 // On the demo's page this is where the request finds the question.

@@ -7,13 +7,21 @@ captioner.then(
   (error) => postMessage({ error: `The network cannot be loaded: ${error.message}` }),
 );
 
-async function answer({ number, photo, hidden }) {
+let newest = 0; // the number of the latest question; no evidence is measured for others
+
+async function answer({ number, measure, photo, hidden }) {
+  const wanted = () => new Promise((done) => setTimeout(() => done(number === newest))); // newer ones come in first
   try {
-    postMessage({ number, result: await (await captioner).caption(photo, hidden) });
+    const network = await captioner;
+    const result = measure ? await network.measure(wanted) : await network.caption(photo, hidden);
+    if (result) postMessage({ number, measure, result });
   } catch (error) {
     postMessage({ number, error: error.message });
   }
 }
 
 let last = captioner.catch(() => {});
-onmessage = ({ data }) => (last = last.then(() => answer(data))); // one after the other
+onmessage = ({ data }) => {
+  newest = data.number;
+  last = last.then(() => answer(data)); // one after the other
+};
