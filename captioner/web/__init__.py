@@ -31,7 +31,7 @@ def write_page(model: Path, folder: Path, runtime: bytes) -> None:
     """Write the page with a model.
 
     The folder then has the page's own files, the model with its weights in float16, and ONNX Runtime. A model that is
-    stored in float16 gives the captions that it gives in the library.
+    stored in float16 gives the captions that it gives in the library with `engine="onnx-float32"`.
 
     Args:
         model: the model's file. Graphs are made for the page where it has none, or those of an earlier version, which
