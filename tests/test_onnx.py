@@ -77,7 +77,7 @@ def test_every_decoder_with_every_mechanism_gives_the_same_steps(encoder_graph, 
         steps = search.steps_of(theirs, annotations, found.words, here)
         same_steps = search.steps_of(ours, annotations.numpy(), same.words, None if here is None else here.numpy())
         for one, other in zip(steps, same_steps, strict=True):
-            for name in ("logits", "alpha", "beta", "scores"):
+            for name in ("logits", "alpha", "beta", "scores", "word_alpha"):
                 expected, value = getattr(one, name), getattr(other, name)
                 assert (expected is None) == (value is None)
                 assert expected is None or np.allclose(expected, value, rtol=1e-4, atol=5e-4)
