@@ -110,7 +110,7 @@ class Graphs(NamedTuple):
 
     annotate: images -> annotations.
     encode: annotations, mask -> keys, state.
-    step: annotations, mask, keys, state, tokens -> logits, alpha, next state; beta, scores and word_alpha where there are any.
+    step: annotations, mask, keys, state, tokens -> logits, alpha, next state; those of `OPTIONAL` that there are.
     quantized_step: the same with large weights in 8 bits; None where it has none.
     displacement: see `captioner.network.encoder.Encoder`.
     configuration: `digest_of` the configuration that they were made from.
