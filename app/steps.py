@@ -62,7 +62,8 @@ def board_of(service: Service, model: str, caption: Caption, change: Change = AS
     Returns:
         model: its name; steps: see `captioner.explain.Explanation.to_dict`; equations: the lines of each step; before:
         the likeliest word of each step and its probability with attention as it is, or None if that is shown; gate:
-        whether the context vector can be left out; problem: a sentence that says why attention is not changed, or None.
+        whether the context vector can be left out; layers: of a transformer, or None; problem: a sentence that says why
+        attention is not changed, or None.
     """
     config = service.captioner(model).config
     steps, before, problem = service.explain(caption, model), None, None
@@ -78,6 +79,7 @@ def board_of(service: Service, model: str, caption: Caption, change: Change = AS
         "equations": [equations(step, config, **change._asdict()) for step in steps],
         "before": before,
         "gate": bool(steps) and steps[0].beta is not None and steps[0].head_weights is None,
+        "layers": config.layers if config.decoder == "transformer" else None,
         "problem": problem,
     }
 

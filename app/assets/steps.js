@@ -36,9 +36,13 @@ function bar(name, share, text) {
   return make("div", { class: "row" }, make("span", {}, name), make("div", { class: "track" }, fill), make("span", { class: "number" }, text));
 }
 
-function mapName(step, number) {
-  if (number > 0) return `head ${number}`;
-  return step.entropies.length > 1 ? "mean of heads" : "entropy";
+// `layers`: of a transformer, whose heads are those of the first layer, then those of the next; null for an LSTM.
+function mapName(step, number, layers) {
+  const heads = (step.entropies.length - 1) / (layers || 1);
+  if (!heads) return "entropy";
+  if (number === 0) return "mean of heads";
+  const head = `head ${((number - 1) % heads) + 1}`;
+  return layers > 1 ? `layer ${Math.ceil(number / heads)}, ${head}` : head;
 }
 
 // The words that were read so far, shaded by the weights of a layer's self-attention, (heads, words).
@@ -61,7 +65,7 @@ function equations(lines, step) {
   const top = weights.indexOf(Math.max(...weights));
   const place = step.entropies.length === 1
     ? `Region ${top + 1} is in row ${Math.floor(top / columns) + 1}, column ${(top % columns) + 1}.`
-    : `Regions count row by row, ${columns} in each.`;
+    : `Regions are counted row by row, ${columns} in each row.`;
   return [
     make("h3", {}, "The equations with these numbers"),
     ...lines.map((line) => make("p", { class: "equation" }, line)),
@@ -122,23 +126,26 @@ function board({ model, steps, error, problem, ...rest }, title) {
   }
   left.append(
     make("h3", {}, `${number++}. Weights alpha, in percent`),
-    make("p", {}, "The softmax of the scores. They sum to 100 %."),
+    make("p", {}, `The softmax of the scores${step.entropies.length > 1 ? ", the mean of the heads" : ""}. They sum to 100 %.`),
     grid(step.weights.map((row) => row.map((value) => 100 * value)), 1, "Attention weights in percent"),
     make("h3", {}, "Entropy of the weights"),
     make("p", {}, `As a share of its maximum, log ${step.weights.flat().length}: 100 % for an even map, 0 % if one region has all the weight.`),
-    make("div", { class: "entropy" }, ...step.entropies.map((share, head) => bar(mapName(step, head), share, percent(share)))),
+    make("div", { class: "entropy" }, ...step.entropies.map((share, head) => bar(mapName(step, head, rest.layers), share, percent(share)))),
   );
   const right = make("div");
   if (step.beta !== null) {
     right.append(make("h3", {}, `${number++}. Context gate beta`), make("p", {}, "How much the context vector counts for this word."), bar("beta", step.beta, step.beta.toFixed(2)));
   }
-  if (step.word_weights) {
+  if (rest.layers) {
     const read = ["<start>", ...steps.slice(0, place).map((each) => each.word)];
-    right.append(
-      make("h3", {}, `${number++}. Self-attention over the words so far`),
-      make("p", {}, "The weights of each layer, the mean of its heads, which stand in the tooltip: softmax of (Q x) · (K xₛ) / √d, where x is the layer's vector of the last word, and xₛ that of word s."),
-      ...step.word_weights.map((layer, before) => wordsRead(read, layer, before + 1)),
-    );
+    right.append(make("h3", {}, `${number++}. Self-attention over the words so far`));
+    if (step.word_weights) {
+      right.append(
+        make("p", {}, "How much each layer takes from every word s, before it looks at the photo. The mean of its heads; point at a word for each head."),
+        make("p", { class: "equation" }, "αₛ = exp(eₛ) / Σₛ exp(eₛ), eₛ = (Q x) · (K xₛ) / √d"),
+        ...step.word_weights.map((layer, before) => wordsRead(read, layer, before + 1)),
+      );
+    } else right.append(make("p", {}, "The graphs in this model's file do not give its weights. Write new ones with captioner-export."));
   }
   right.append(make("h3", {}, `${number}. Next word`), make("p", {}, "The likeliest words and their probabilities."));
   for (const { word, probability } of step.candidates) right.append(bar(word, probability, percent(probability)));
