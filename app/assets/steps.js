@@ -113,7 +113,8 @@ function controls(first, ask) {
 function board({ model, steps, error, problem, ...rest }, title) {
   const node = make("section", { class: "board", "aria-label": model });
   if (title) node.append(make("h2", {}, model));
-  if (problem || error) node.append(make("p", { class: "problem", role: "alert" }, problem || error));
+  if (error) node.append(make("p", { class: "problem", role: "alert" }, error));
+  if (problem) node.append(make("p", { class: "problem" }, problem)); // not announced again at every step
   if (error || !steps.length) return node;
   const place = stepOf(steps);
   const step = steps[place];
