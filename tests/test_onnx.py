@@ -144,6 +144,21 @@ def test_graphs_of_files_from_before_there_were_matrices_in_8_bits_are_used(enco
     assert Graphs.from_text(json.dumps(values)) == encoder_graph
 
 
+def test_graphs_from_before_they_gave_the_weights_over_the_words_are_used(encoder_graph, annotations):
+    model = strengthened(small_model(30, decoder="transformer", heads=3))
+    encode, step = export.export_decoder(model.decoder, annotations[:2])
+    older = onnx.load_model_from_string(step.model)
+    older.graph.output.remove(next(output for output in older.graph.output if output.name == "word_alpha"))
+    found = []
+    for each in (step, step._replace(model=older.SerializeToString())):
+        ours = OnnxEngine(encoder_graph._replace(encode=encode, step=each), weights_of(model))
+        memory, state, tokens, _ = search.start(ours, annotations.numpy(), None, 3)
+        found.append(ours.step(memory, state, tokens))
+    assert found[0].word_alpha.shape == (4, 3, 2, 3, 1)
+    assert found[1].word_alpha is None
+    assert np.array_equal(found[0].logits, found[1].logits)
+
+
 def test_exporting_leaves_the_random_numbers_of_training_as_they_are(encoder_graph):
     config = small_model(30).config
     torch.manual_seed(5)
