@@ -194,7 +194,7 @@ function build(root, first) {
     const question = { ...JSON.parse(root.dataset.question || "{}"), ...part };
     root.dataset.question = JSON.stringify(question); // where the request finds it
     change.show(question);
-    if (part.second) shown.append(make("p", { class: "hint", role: "status" }, `${part.second} captions the photo.`));
+    if (part.second) shown.append(make("p", { class: "hint", role: "status" }, `${part.second} is captioning the photo.`));
     trigger("select");
   }
   function update(next = value) {

@@ -50,8 +50,8 @@ class SelfAttention(nn.Module):
 
         Returns:
             (batch, new, size); the keys and values of all positions so far, (batch, steps + new, 2 * size); and, for
-            one new position of a causal sequence, its weights, (batch, heads, steps + 1). None instead for several
-            positions, which torch computes faster without giving their weights.
+            one new position of a causal sequence, its weights, (batch, heads, steps + 1). None for several positions,
+            since torch's fused attention does not give them.
         """
         present = torch.cat([self.key(x), self.value(x)], dim=-1)
         if past is not None:
