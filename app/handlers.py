@@ -15,7 +15,7 @@ from captioner import Caption
 
 from .rendering import api_answer, as_csv, as_json, as_zip, file_name, page_photo, table_rows, viewer_result
 from .service import Refused, Service, Settings, guarded, read_settings, settings_of
-from .steps import read_change, steps_of_page
+from .steps import Change, board_of, first_value, read_question, steps_value
 from .viewing import Asked, Seen, Viewing, read_wish
 
 BATCH = 32  # photos that go through the network together
@@ -66,41 +66,48 @@ class Handlers:
                 (place, name, Asked(path, read_settings(name, *values), wish)) for name in self.chosen_models(names)
             ]
         views: list[dict[str, Any]] = [{"asked": path if isinstance(path, str) else None} for path in paths]
-        steps: list[dict[str, Any]] = [{} for _ in paths]
+        boards: list[list[dict[str, Any]]] = [[] for _ in paths]
         for (place, name, _), seen in zip(asked, self.viewing.see([one for *_, one in asked]), strict=True):
             shown = seen if isinstance(seen, str) else guarded(partial(self.render, name, seen))
             if isinstance(shown, str):
                 views[place] = {"asked": views[place]["asked"], "error": shown}
             elif "error" not in views[place]:
                 views[place].setdefault("results", []).append(shown[0])
-                steps[place] = steps[place] or shown[1]
-        return [views, steps]
+                boards[place].append(shown[1])
+        return [views, [first_value(each) for each in boards]]
 
     def render(self, name: str, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What was seen with the model of that name, for viewer.js and for steps.js."""
+        """What was seen with the model of that name, for viewer.js and as a board of steps.js."""
         captions = [one for one in seen if one is not None]
         without = [self.service.without_most_attended(one, name) for one in captions]
         view = {"model": name, **viewer_result(captions, without)}
-        return view, steps_of_page(self.service, name, seen.caption)
+        return view, board_of(self.service, name, seen.caption)
 
     def show_steps(self, path: Any, chosen: Any, *rest: Any) -> dict[str, Any]:
-        """The value of steps.js for the first model chosen, with attention changed as its question says.
+        """The value of steps.js for the first model chosen, and for the second of its question, which may be none.
+
+        Attention of both is changed as the question says. An error of the first model leaves nothing to show, one of
+        the second stands in its place.
 
         Args:
             path: the photo.
             chosen: the models.
             rest: the value of each setting; then the question of steps.js.
         """
-        *values, question = rest
-        name = self.chosen_models(chosen)[0]
-        (seen,) = self.viewing.see([Asked(path, read_settings(name, *values))])
-        change = read_change(question)
-        if isinstance(seen, str):
-            return {"error": seen}
-        if isinstance(change, Refused):
-            return {"error": str(change)}
-        shown = guarded(partial(steps_of_page, self.service, name, seen.caption, change))
-        return {"error": shown} if isinstance(shown, str) else shown
+        *values, asked = rest
+        question = read_question(asked)
+        if isinstance(question, Refused):
+            return {"error": str(question)}
+        first = self.chosen_models(chosen)[0]
+        names = [first] if question.second in (None, first) else [first, question.second]
+        found = self.viewing.see([Asked(path, read_settings(name, *values)) for name in names])
+        boards = [self.board(name, seen, question.change) for name, seen in zip(names, found, strict=True)]
+        return {"error": boards[0]["error"]} if "error" in boards[0] else steps_value(boards, question)
+
+    def board(self, name: str, seen: Seen | str, change: Change) -> dict[str, Any]:
+        """A board of steps.js: see `board_of`; or the name of the model and an error."""
+        shown = seen if isinstance(seen, str) else guarded(partial(board_of, self.service, name, seen.caption, change))
+        return {"model": name, "error": shown} if isinstance(shown, str) else shown
 
     def show_many(
         self, paths: list[Any] | Refused | None, chosen: Any, *settings: Any, progress: Any = PROGRESS

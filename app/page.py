@@ -54,7 +54,7 @@ def build(
             with gr.Tab("Many photos"):
                 many = many_photos()
             with gr.Tab("How it works"):
-                steps = how_it_works()
+                steps = how_it_works(list(handlers.service.models))
         inputs = [one.models, *one.settings]
         # The viewer asks for the same as a change of the settings. Its maps stay to be seen until the answer is there.
         for triggers, progress in (
@@ -191,15 +191,15 @@ def many_photos() -> ManyPhotos:
     return ManyPhotos(files, start, table, gallery, downloads)
 
 
-def how_it_works() -> gr.HTML:
-    """The third tab: the numbers of one step of the decoder."""
+def how_it_works(names: list[str]) -> gr.HTML:
+    """The third tab: the numbers of one step of the decoder, of the first model chosen and of a second one."""
     gr.Markdown(
         "Before each word the decoder scores every region of the photo against its state. A softmax turns the scores "
         "into weights that sum to 1, and the decoder reads the weighted sum of the regions. Change "
         "the temperature of the softmax, or let the network look everywhere or nowhere: that changes each word alone, "
         "after the same words before it."
     )
-    return custom_html(ASSETS / "steps", [ASSETS / "steps.js"], 'class="steps"')
+    return custom_html(ASSETS / "steps", [ASSETS / "steps.js"], 'class="steps"', models=names)
 
 
 def add_api(handlers: Handlers, concurrency: int) -> None:

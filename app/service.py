@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from captioner import Caption, Captioner, ImageError
-from captioner.explain import explain, without_most_attended
+from captioner.explain import Explanation, explain, without_most_attended
 from captioner.images import MAX_PIXELS
 from captioner.options import Options
 
@@ -224,10 +224,9 @@ class Service:
         found = self.captioner(settings.model).caption(photos, errors="return", **options)
         return [sentence_for(result) if isinstance(result, ImageError) else result for result in found]
 
-    def explain(self, caption: Caption, model: str, **options: Any) -> list[dict[str, Any]]:
+    def explain(self, caption: Caption, model: str, **options: Any) -> list[Explanation]:
         """The numbers of every step of a caption (see `captioner.explain`), computed in a thread for the networks."""
-        found = self.workers.submit(explain, self.captioner(model), caption, **options).result()
-        return [step.to_dict() for step in found]
+        return self.workers.submit(explain, self.captioner(model), caption, **options).result()
 
     def without_most_attended(self, caption: Caption, model: str) -> tuple[list[float], int]:
         """The probability of each word without the regions that it looked at most, and how many these are."""

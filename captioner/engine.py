@@ -15,6 +15,7 @@ from captioner.arrays import Array
 
 MAX_GRAPH = 2**24  # bytes of a graph, which has no weights in it
 BLOCK = 128  # weights of 8 bits that share a scale
+OPTIONAL = ("beta", "scores", "word_alpha")  # what only some decoders give at a step; outputs of their graphs
 
 
 class Step(NamedTuple):
@@ -27,6 +28,9 @@ class Step(NamedTuple):
     drawn: (images, rows, layers), the region that each layer's attention drew, where it draws any.
     scores: (images, rows, regions), how well each region answered, before softmax; None where regions are not scored,
         or by several heads.
+    word_alpha: (images, rows, layers, heads, words), the weights of the decoder's self-attention over the words that it
+        has read, `START` first and this step's last; each head's sum to 1. None for a decoder without self-attention,
+        and where the model's graphs do not give it, since they were made before there was this output.
     """
 
     logits: Array
@@ -35,6 +39,7 @@ class Step(NamedTuple):
     beta: Array | None = None
     drawn: Array | None = None
     scores: Array | None = None
+    word_alpha: Array | None = None
 
 
 class Engine(Protocol):
@@ -105,7 +110,7 @@ class Graphs(NamedTuple):
 
     annotate: images -> annotations.
     encode: annotations, mask -> keys, state.
-    step: annotations, mask, keys, state, tokens -> logits, alpha, next state; beta and scores where there are any.
+    step: annotations, mask, keys, state, tokens -> logits, alpha, next state; those of `OPTIONAL` that there are.
     quantized_step: the same with large weights in 8 bits; None where it has none.
     displacement: see `captioner.network.encoder.Encoder`.
     configuration: `digest_of` the configuration that they were made from.
@@ -214,7 +219,8 @@ class OnnxEngine:
         given |= {**state._asdict(), "tokens": tokens}
         found = dict(zip(self.outputs, self.stepping.run(None, given), strict=True))
         state = self.State(*(found[f"next_{name}"] for name in self.State._fields))
-        return Step(found["logits"], state, found["alpha"], found.get("beta"), None, found.get("scores"))
+        optional = {name: found[name] for name in OPTIONAL if name in found}
+        return Step(found["logits"], state, found["alpha"], **optional)
 
 
 def open_session(graph: Graph, weights: Callable[[str], np.ndarray]) -> Any:

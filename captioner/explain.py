@@ -26,6 +26,11 @@ class Explanation:
             of the mean is at least the mean of theirs.
         beta: the gate of the context vector, 0 to 1; None where the decoder has no such gate.
         candidates: the likeliest next words and their probabilities, the likeliest first.
+        head_weights: float32 (heads, rows, columns), the weights of each head; a transformer's heads are those of its
+            first layer, then those of the next. None where there is one head.
+        word_weights: float32 (layers, heads, words), the weights of a transformer's self-attention over the words that
+            it has read, `<start>` first and the word before this one last; those of each head sum to 1. None for an
+            LSTM, and where the graphs in the model's file do not give them: `captioner-export` writes new ones.
     """
 
     word: str
@@ -34,9 +39,11 @@ class Explanation:
     entropies: tuple[float, ...]
     beta: float | None
     candidates: tuple[tuple[str, float], ...]
+    head_weights: np.ndarray | None = None
+    word_weights: np.ndarray | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
+        """Plain data, ready for JSON: everything but `head_weights`, of which there are many."""
         return {
             "word": self.word,
             "scores": None if self.scores is None else self.scores.tolist(),
@@ -44,6 +51,7 @@ class Explanation:
             "entropies": list(self.entropies),
             "beta": self.beta,
             "candidates": [{"word": word, "probability": probability} for word, probability in self.candidates],
+            "word_weights": None if self.word_weights is None else self.word_weights.tolist(),
         }
 
 
@@ -109,6 +117,8 @@ def explain(
                 tuple(map(normalised_entropy, (weights, *heads) if len(heads) > 1 else (weights,))),
                 None if step.beta is None else float(to_numpy(step.beta)[0, 0]),
                 tuple((words[candidate], float(probabilities[candidate])) for candidate in likeliest),
+                heads.reshape(-1, *grid) if len(heads) > 1 else None,
+                None if step.word_alpha is None else to_numpy(step.word_alpha)[0, 0],
             )
         )
     return steps
@@ -153,7 +163,8 @@ def changed_steps(
             same = np.broadcast_to(vector, annotations.shape)[None].astype(np.float32)
             read = engine.step(engine.encode(engine.array(same), masked), state, token)
             beta = step.beta if context or step.beta is None else 0 * step.beta
-            yield step._replace(logits=read.logits, alpha=np.broadcast_to(weights, alpha.shape), beta=beta)
+            alpha = np.broadcast_to(weights, alpha.shape)
+            yield step._replace(logits=read.logits, alpha=alpha, beta=beta, word_alpha=read.word_alpha)
         state, token = step.state, ids[..., t]
 
 

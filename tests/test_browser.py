@@ -443,6 +443,75 @@ def test_the_entropy_of_each_head_stands_beside_that_of_their_mean(open_page):
     assert len(set(shares)) > 1
 
 
+def test_one_slider_moves_two_models_and_a_transformer_shows_the_words_it_reads(
+    browser, default, tmp_path, monkeypatch
+):
+    sizes = {"annotation_size": 12, "hidden_size": 12, "attention_size": 12, "heads": 3}
+    network = small_model(len(default.vocabulary), decoder="transformer", **sizes)
+    with torch.no_grad():
+        for weights in network.decoder.parameters():
+            weights.mul_(2)  # so that words differ
+    other = Captioner(Checkpoint(network, default.vocabulary, Preprocessing(size=(64, 64))))
+    models = {"default": default, "transformer": other}
+    # A demo that stops deletes its files: not those of the other tests' demo.
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    with run_app(models) as address:
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(30_000)
+        page.goto(address)
+        page.wait_for_selector("#photo input[type=file]", state="attached")
+        upload(page)
+        words(page)
+        page.get_by_role("tab", name="How it works").click()
+        boards, marks = page.locator("#steps .board"), page.locator("#steps mark")
+        expect(boards).to_have_count(1)
+        expect(boards.locator("h2")).to_have_count(0)
+        page.get_by_label("Second model").select_option("transformer")
+        expect(boards.locator("h2")).to_have_text(list(models))
+        left, right = (board.bounding_box() for board in boards.all())
+        assert (left["x"] + left["width"] <= right["x"], left["y"]) == (True, right["y"])
+        steps = [explain(model, model.caption(PHOTO, beam_size=5, keep_annotations=True)) for model in models.values()]
+        assert len(steps[0]) != len(steps[1])
+        for at in (0, 1, max(map(len, steps)) - 1):  # the shorter caption stays at its end
+            page.get_by_label("Word of the caption").fill(str(at))
+            shown = [each[min(at, len(each) - 1)] for each in steps]
+            expect(marks).to_have_text([step.word for step in shown])
+            for board, step in zip(boards.all(), shown, strict=True):
+                probabilities = board.locator(".columns > :last-child > .row .number").all_inner_texts()
+                likely = [f"{100 * probability:.1f} %" for _, probability in step.candidates]
+                assert probabilities[-len(likely) :] == likely
+        layers = boards.nth(1).locator(".layer")
+        page.get_by_label("Word of the caption").fill("2")
+        expect(layers).to_have_count(2)
+        step = steps[1][2]
+        for layer, weights in zip(layers.all(), step.word_weights, strict=True):
+            read = ["<start>", *(each.word for each in steps[1][:2])]
+            means = weights.mean(axis=0)
+            assert layer.locator(".read").all_inner_texts() == [
+                f"{word} {100 * mean:.1f} %" for word, mean in zip(read, means, strict=True)
+            ]
+            assert layer.locator(".read").first.get_attribute("title").count("head") == 3
+        page.get_by_role("button", name="Look everywhere").click()
+        expect(page.locator("#steps .before")).to_have_count(2)
+        page.get_by_role("button", name="Look everywhere").click()
+        expect(page.locator("#steps .before")).to_have_count(0)
+        page.get_by_role("button", name="Look nowhere").click()
+        expect(page.locator("#steps .problem")).to_contain_text("only a decoder with a context gate")
+        page.set_viewport_size({"width": 375, "height": 800})
+        first, second = (board.bounding_box() for board in boards.all())
+        assert (first["y"] + first["height"] <= second["y"], first["x"]) == (True, second["x"])
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+        page.set_viewport_size({"width": 1280, "height": 900})
+        page.get_by_role("tab", name="One photo").click()
+        upload(page, PHOTOS / "cat.jpg")
+        page.get_by_role("tab", name="How it works").click()
+        expect(marks.first).to_have_text(default.caption(PHOTOS / "cat.jpg").words[0])
+        expect(boards).to_have_count(2)  # the choice holds for the next photo too
+        page.get_by_label("Second model").select_option("none")
+        expect(boards).to_have_count(1)
+        page.close()
+
+
 def test_thin_photos_take_no_more_room_than_others_and_lose_no_batch(open_page, tmp_path):
     thin = [tmp_path / f"{width}x{height}.png" for width, height in ((1, 300), (4, 70_000), (70_000, 4))]
     for path in thin:
@@ -497,7 +566,8 @@ def test_names_and_words_that_look_like_html_are_text_on_the_page(browser, defau
         expect(page.locator("#viewer .model").first).to_have_text(name)
         expect(page.locator("#viewer .others button span").first).to_have_text(caption.sentence())
         page.get_by_role("tab", name="How it works").click()
-        expect(page.locator("#steps mark")).to_have_text(caption.words[0])
+        expect(page.locator("#steps mark").first).to_have_text(caption.words[0])
+        expect(page.locator("#steps h2").first).to_have_text(name)
         page.get_by_role("tab", name="Many photos").click()
         page.set_input_files("#many input[type=file]", [str(photo), str(broken)])
         page.get_by_role("button", name="Caption all").click()
@@ -551,6 +621,9 @@ def test_no_serious_barrier_on_any_tab(open_page, scheme):
     page.get_by_text("Why they differ").click()
     for tab in ("One photo", "Many photos", "How it works"):
         page.get_by_role("tab", name=tab).click()
+        if tab == "How it works":
+            page.get_by_label("Second model").select_option("heads")
+            expect(page.locator("#steps .board")).to_have_count(2)
         page.wait_for_timeout(300)
         found = Axe().run(page, options={"resultTypes": ["violations"]}).response["violations"]
         serious = [

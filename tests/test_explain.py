@@ -41,6 +41,36 @@ def test_a_temperature_of_one_is_attention_as_it_is(small, attention, hide):
         assert same(plain, changed)
 
 
+def test_a_step_has_the_maps_of_each_head_and_the_weights_over_the_words_read(small):
+    model = captioner_of(small, decoder="transformer", heads=3, **TWO)
+    caption = model.caption(PHOTO, max_length=5, keep_annotations=True)
+    decoder, ids = model.model.decoder, small.vocabulary.encode(caption.words)
+    with torch.no_grad():
+        memory = decoder.encode(torch.from_numpy(caption.annotations)[None])
+        state = decoder.initial_state(memory, 1)
+        for one, token in zip(explain(model, caption), ids, strict=False):
+            step = decoder.step(memory, state, torch.tensor([[token]]))
+            state = step.state
+            assert np.allclose(one.word_weights, step.word_alpha[0, 0], atol=1e-6)
+            assert np.allclose(one.head_weights.reshape(4, 6), step.alpha[0, 0], atol=1e-6)
+            assert np.allclose(one.head_weights.mean(axis=0), one.weights, atol=1e-6)
+            assert np.allclose(one.word_weights.sum(axis=2), 1, atol=1e-5)
+            assert one.to_dict()["word_weights"] == one.word_weights.tolist()
+    assert one.word_weights.shape == (2, 3, len(caption.words))
+    lstm = explain(captioner_of(small), captioner_of(small).caption(PHOTO, max_length=2, keep_annotations=True))[0]
+    assert lstm.word_weights is lstm.head_weights is None
+
+
+def test_a_changed_step_of_a_transformer_reads_the_words_anew(small):
+    model = captioner_of(small, decoder="transformer", heads=2)
+    caption = model.caption(PHOTO, max_length=5, keep_annotations=True)
+    for plain, changed in zip(
+        explain(model, caption)[2:], explain(model, caption, temperature=np.inf)[2:], strict=True
+    ):
+        assert np.allclose(plain.word_weights[0], changed.word_weights[0], atol=1e-6)  # before it looks at the photo
+        assert not np.allclose(plain.word_weights[1], changed.word_weights[1], rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("temperature", [0.25, 3])
 def test_a_temperature_divides_the_scores_as_in_the_network_itself(small, temperature):
     model = captioner_of(small)

@@ -77,7 +77,7 @@ def test_every_decoder_with_every_mechanism_gives_the_same_steps(encoder_graph, 
         steps = search.steps_of(theirs, annotations, found.words, here)
         same_steps = search.steps_of(ours, annotations.numpy(), same.words, None if here is None else here.numpy())
         for one, other in zip(steps, same_steps, strict=True):
-            for name in ("logits", "alpha", "beta", "scores"):
+            for name in ("logits", "alpha", "beta", "scores", "word_alpha"):
                 expected, value = getattr(one, name), getattr(other, name)
                 assert (expected is None) == (value is None)
                 assert expected is None or np.allclose(expected, value, rtol=1e-4, atol=5e-4)
@@ -162,6 +162,21 @@ def test_graphs_whose_weights_were_said_to_be_in_one_file_are_used():
         for each in (OnnxEngine(one, weights_of(model)) for one in (graphs, graphs._replace(**before)))
     ]
     assert all(np.array_equal(*parts) for parts in zip(*(each[:4] for each in found), strict=True))
+
+
+def test_graphs_from_before_they_gave_the_weights_over_the_words_are_used(encoder_graph, annotations):
+    model = strengthened(small_model(30, decoder="transformer", heads=3))
+    encode, step = export.export_decoder(model.decoder, annotations[:2])
+    older = onnx.load_model_from_string(step.model)
+    older.graph.output.remove(next(output for output in older.graph.output if output.name == "word_alpha"))
+    found = []
+    for each in (step, step._replace(model=older.SerializeToString())):
+        ours = OnnxEngine(encoder_graph._replace(encode=encode, step=each), weights_of(model))
+        memory, state, tokens, _ = search.start(ours, annotations.numpy(), None, 3)
+        found.append(ours.step(memory, state, tokens))
+    assert found[0].word_alpha.shape == (4, 3, 2, 3, 1)
+    assert found[1].word_alpha is None
+    assert np.array_equal(found[0].logits, found[1].logits)
 
 
 def test_exporting_leaves_the_random_numbers_of_training_as_they_are(encoder_graph):

@@ -127,7 +127,32 @@ def test_cached_steps_are_what_reading_the_whole_caption_gives(attention):
         assert torch.allclose(step.alpha, whole.alpha[:, :, t], atol=1e-6)
         assert step.beta is None
         assert state.keys_values.shape == (2, 2, 3, t + 1, 2 * SIZE)
+        assert step.word_alpha.shape == (2, 2, 3, HEADS, t + 1)
     assert whole.alpha.shape[3] == decoder.heads == 3 * (HEADS if attention == "multi_head" else 1)
+
+
+@torch.no_grad()
+def test_steps_give_the_weights_of_self_attention_over_the_words_so_far():
+    layers = nn.ModuleList(nn.MultiheadAttention(SIZE, HEADS, batch_first=True) for _ in range(2))
+    decoder = decoder_of()
+    read = [layer.self_attention for layer in decoder.layers]
+    seen: list[torch.Tensor] = []
+    for own, other in zip(read, layers, strict=True):
+        copy_attention(other, own.query, own.key, own.value, out=own.out)
+        own.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    annotations, captions = torch.randn(2, 5, SIZE), captions_of()[:1, :1].expand(2, -1, -1)
+    decoder(annotations, captions)
+    whole = [layer(x, x, x, average_attn_weights=False)[1] for layer, x in zip(layers, seen, strict=True)]
+    assert whole[0].shape == (2, HEADS, 6, 6)
+    memories = decoder.encode(annotations)
+    state = decoder.initial_state(memories, 1)
+    for t in range(6):
+        step = decoder.step(memories, state, captions[..., t])
+        state = step.state
+        for number, theirs in enumerate(whole):
+            expected = theirs[:, :, t, : t + 1] / theirs[:, :, t, : t + 1].sum(dim=-1, keepdim=True)
+            assert torch.allclose(step.word_alpha[:, 0, number], expected, atol=1e-6)
+    assert step.word_alpha.std() > 1e-3
 
 
 def test_no_position_attends_to_those_after_it():

@@ -13,7 +13,7 @@ from test_app import DEFAULTS, config, run, upload
 from app.handlers import Handlers
 from app.rendering import viewer_result
 from app.service import FAILED, Refused, Service, Settings
-from app.steps import Change, read_change
+from app.steps import Change, Question, read_question
 from app.viewing import MOST_BOXES, Asked, Viewing, Wish, read_wish
 from captioner import Captioner
 from captioner.checkpoint import Checkpoint
@@ -126,11 +126,12 @@ def test_a_question_that_makes_no_sense_gets_a_sentence(value):
 def test_questions_are_read():
     assert read_wish(None) == read_wish({}) == read_wish({"hide": None, "photo": "x"}) == Wish()
     assert read_wish({"hide": [[0, 0, 1, 0.5]], "evidence": True}) == Wish((HALF,), True)
-    assert read_change(None) == read_change({"temperature": None}) == Change()
-    assert read_change({"temperature": 0.5, "context": False}) == Change(0.5, False)
-    assert read_change({"temperature": "even"}) == Change(math.inf)
-    for value in ("even", {"temperature": -1}, {"temperature": "hot"}, {"temperature": math.nan}, {"context": None}):
-        assert isinstance(read_change(value), Refused)
+    assert read_question(None) == read_question({"temperature": None}) == Question(Change())
+    assert read_question({"temperature": 0.5, "context": False}) == Question(Change(0.5, False))
+    assert read_question({"temperature": "even", "second": "x"}) == Question(Change(math.inf), "x")
+    wrong = {"temperature": -1}, {"temperature": "hot"}, {"temperature": math.nan}, {"context": None}, {"second": ["x"]}
+    for value in ("even", *wrong):
+        assert isinstance(read_question(value), Refused)
 
 
 def test_the_view_has_what_is_hidden_and_what_the_words_rest_on(small):
@@ -172,11 +173,14 @@ def test_the_page_answers_what_its_viewer_and_its_steps_ask(small):
         }
         (steps,) = answer(url, named[10, 1], [photo, *settings, {"temperature": "even", "context": False}])
         caption = small.caption(PATHS[0], beam_size=1, max_length=5, keep_annotations=True)
-        assert steps["steps"] == [
+        (board,) = steps["boards"]
+        assert board["steps"] == [
             json.loads(json.dumps(step.to_dict()))
             for step in explain(small, caption, temperature=math.inf, context=False)
         ]
-        assert steps["question"] == {"temperature": "even", "context": False}
+        plain = explain(small, caption)
+        assert board["before"] == [step.to_dict()["candidates"][0] for step in plain]
+        assert steps["question"] == {"temperature": "even", "context": False, "second": None}
         (wrong,) = answer(url, named[10, 1], [photo, *settings, {"temperature": -1}])
         assert "from 0 to 1000, not -1" in wrong["error"]
 
@@ -186,13 +190,53 @@ def answer(url, function, data):
     return next(message["output"]["data"] for message in messages if message["msg"] == "process_completed")
 
 
-def test_a_model_without_a_gate_says_so_and_refuses_a_change_that_it_cannot_make(small):
+@pytest.fixture
+def two(small):
+    """What the page calls, with an LSTM and a transformer."""
     sizes = {"annotation_size": 12, "hidden_size": 12, "heads": 2}
     network = small_model(len(small.vocabulary), decoder="transformer", **sizes)
-    handlers = Handlers(Service({"t": Captioner(Checkpoint(network, small.vocabulary, small.preprocessing))}))
-    assert handlers.show_steps(PATHS[0], ["t"], *DEFAULTS, None)["gate"] is False
-    refused = handlers.show_steps(PATHS[0], ["t"], *DEFAULTS, {"context": False})["error"]
-    assert refused.startswith(
+    transformer = Captioner(Checkpoint(network, small.vocabulary, small.preprocessing))
+    return Handlers(Service({"lstm": small, "t": transformer}))
+
+
+def test_a_model_without_a_gate_says_so_and_keeps_its_numbers_where_it_cannot_be_changed(two):
+    (plain,) = two.show_steps(PATHS[0], ["t"], *DEFAULTS, None)["boards"]
+    assert (plain["gate"], plain["problem"], plain["before"]) == (False, None, None)
+    (same,) = two.show_steps(PATHS[0], ["t"], *DEFAULTS, {"context": False})["boards"]
+    assert same.pop("problem").startswith(
         "Attention of this model cannot be changed in this way: only a decoder with a context gate"
     )
-    assert "steps" in handlers.show_steps(PATHS[0], ["t"], *DEFAULTS, {"temperature": "even"})
+    assert same == {key: value for key, value in plain.items() if key != "problem"}
+    (changed,) = two.show_steps(PATHS[0], ["t"], *DEFAULTS, {"temperature": "even"})["boards"]
+    assert changed["problem"] is None
+    assert changed["before"] == [step["candidates"][0] for step in plain["steps"]]
+
+
+def test_two_models_stand_side_by_side_each_with_its_own_caption(two):
+    alone = {name: two.show_steps(PATHS[0], [name], *DEFAULTS, None)["boards"][0] for name in ("lstm", "t")}
+    asked = two.show_steps(PATHS[0], ["lstm"], *DEFAULTS, {"second": "t"})
+    assert asked == {
+        "boards": [alone["lstm"], alone["t"]],
+        "question": {"temperature": None, "context": True, "second": "t"},
+    }
+    assert [step["word_weights"] is None for step in alone["lstm"]["steps"] + alone["t"]["steps"][:1]][-2:] == [
+        True,
+        False,
+    ]
+    changed = two.show_steps(PATHS[0], ["lstm"], *DEFAULTS, {"second": "t", "context": False})["boards"]
+    assert [board["problem"] is None for board in changed] == [True, False]
+    assert len(two.show_steps(PATHS[0], ["lstm"], *DEFAULTS, {"second": "lstm"})["boards"]) == 1
+    first, unknown = two.show_steps(PATHS[0], ["lstm"], *DEFAULTS, {"second": "x"})["boards"]
+    assert first == alone["lstm"]
+    assert unknown == {"model": "x", "error": "There is no model 'x'; there are lstm, t."}
+    assert two.show_steps(PATHS[0], ["x"], *DEFAULTS, {"second": "t"}) == {
+        "error": "There is no model 'x'; there are lstm, t."
+    }
+
+
+def test_the_first_two_models_of_the_first_tab_stand_in_the_third(two):
+    chosen = [["t", "lstm"], ["lstm"], []]
+    values = [[value] * 3 for value in DEFAULTS]
+    _, steps = two.show_photo([PATHS[0], PATHS[0], None], chosen, *values, [None] * 3)
+    assert [[board["model"] for board in each.get("boards", [])] for each in steps] == [["t", "lstm"], ["lstm"], []]
+    assert [each["question"]["second"] for each in steps[:2]] == ["lstm", None]

@@ -1,18 +1,17 @@
-// One step of the decoder in numbers: scores, softmax, context gate, the likeliest next words; and attention to change.
+// One step of the decoder in numbers, of one model or of two side by side: scores, softmax, context gate, self-attention
+// over the words, the likeliest next words; and attention to change.
 let at = 0;
-let plain = null; // the steps with attention as it is
+let built = null; // what is on the page: its words, and a function that shows other numbers of them
+let wanted; // the second model that was chosen here, null for none; undefined before anything was chosen
 
 const TEMPERATURES = [0, 0.125, 0.25, 0.5, null, 2, 4, 8, "even"]; // in the middle attention as it is, which is 1
-const SCORES = {
-  additive: "v · tanh(W aᵢ + U h)",
-  hard: "v · tanh(W aᵢ + U h)",
-  dot: "(U h) · (W aᵢ)",
-  scaled_dot: "(U h) · (W aᵢ) / √d",
-};
 
-const below = (number) => [...String(number)].map((digit) => "₀₁₂₃₄₅₆₇₈₉"[digit]).join("");
 const named = (temperature) => ({ 0: "0, one region", even: "infinite, an even map" })[temperature] || String(temperature ?? 1);
-const changed = ({ temperature, context }) => temperature !== null || !context;
+const percent = (share) => `${(100 * share).toFixed(1)} %`;
+// The caption of the other model may be longer: this one stays at its end.
+const stepOf = (steps) => Math.min(at, steps.length - 1);
+// Weak enough that the text is legible on it, in light and in dark mode.
+const shade = (share) => `rgba(249, 115, 22, ${(0.35 * share).toFixed(3)})`;
 
 function grid(values, digits, label) {
   const flat = values.flat();
@@ -22,10 +21,8 @@ function grid(values, digits, label) {
   for (const row of values) {
     const line = make("tr");
     for (const value of row) {
-      const share = (value - low) / span;
       const cell = make("td", {}, value.toFixed(digits));
-      // Weak enough that the number is legible on it, in light and in dark mode.
-      cell.style.background = `rgba(249, 115, 22, ${(0.35 * share).toFixed(3)})`;
+      cell.style.background = shade((value - low) / span);
       line.append(cell);
     }
     table.append(line);
@@ -39,50 +36,46 @@ function bar(name, share, text) {
   return make("div", { class: "row" }, make("span", {}, name), make("div", { class: "track" }, fill), make("span", { class: "number" }, text));
 }
 
-function mapName(step, number) {
-  if (number > 0) return `head ${number}`;
-  return step.entropies.length > 1 ? "mean of heads" : "entropy";
+// `layers`: of a transformer, whose heads are those of the first layer, then those of the next; null for an LSTM.
+function mapName(step, number, layers) {
+  const heads = (step.entropies.length - 1) / (layers || 1);
+  if (!heads) return "entropy";
+  if (number === 0) return "mean of heads";
+  const head = `head ${((number - 1) % heads) + 1}`;
+  return layers > 1 ? `layer ${Math.ceil(number / heads)}, ${head}` : head;
 }
 
-// The equations of the step with its numbers, for the region of the largest weight. Regions count from 1, row by row.
-function equations(step, mechanism, { temperature, context }) {
-  const weights = step.weights.flat();
-  const order = [...weights.keys()].sort((one, other) => weights[other] - weights[one]);
-  const top = order[0];
-  const i = below(top + 1);
+// The words that were read so far, shaded by the weights of a layer's self-attention, (heads, words).
+function wordsRead(words, layer, number) {
+  const means = words.map((_, place) => layer.reduce((sum, weights) => sum + weights[place], 0) / layer.length);
+  const most = Math.max(...means);
+  const chips = words.map((word, place) => {
+    const heads = layer.map((weights, head) => `head ${head + 1}: ${percent(weights[place])}`).join(", ");
+    const chip = make("span", { class: "read", title: heads }, word, " ", make("span", { class: "number" }, percent(means[place])));
+    chip.style.background = shade(means[place] / most);
+    return chip;
+  });
+  return make("div", { class: "layer", role: "group", "aria-label": `Words read, layer ${number}` }, make("span", {}, `layer ${number}`), ...chips);
+}
+
+// The equations of the step with its numbers. Regions count from 1, row by row.
+function equations(lines, step) {
   const columns = step.weights[0].length;
-  const lines = [];
-  if (step.scores) {
-    const scores = step.scores.flat();
-    if (SCORES[mechanism]) lines.push(`eᵢ = ${SCORES[mechanism]}, e${i} = ${scores[top].toFixed(2)}`);
-    if (mechanism === "hard" && temperature === null) lines.push("αᵢ = 1 for the region with the largest score, else 0");
-    else if (temperature === null || temperature > 0) {
-      const heat = temperature ?? 1;
-      const sum = scores.reduce((total, score) => total + Math.exp((score - scores[top]) / heat), 0);
-      const divided = heat === 1 ? "" : ` / ${heat}`;
-      lines.push(`α${i} = exp(e${i}${divided}) / Σᵢ exp(eᵢ${divided}) = ${(1 / sum).toFixed(3)}`);
-    }
-  }
-  if (temperature === 0) lines.push(`α${i} = 1, the others are 0`);
-  if (temperature === "even" || mechanism === "none") lines.push(`αᵢ = 1 / ${weights.length} = ${(1 / weights.length).toFixed(3)}`);
-  if (step.beta !== null) lines.push(context ? `β = σ(w · h) = ${step.beta.toFixed(2)}` : "β = 0");
-  if (step.entropies.length === 1) {
-    const seen = order.filter((region) => weights[region] >= 0.0005);
-    const terms = seen.slice(0, 3).map((region) => `${weights[region].toFixed(3)} a${below(region + 1)}`);
-    const sum = terms.join(" + ") + (seen.length > 3 ? " + …" : "");
-    const gate = step.beta === null ? "" : "β ";
-    lines.push(`z = ${gate}Σᵢ αᵢ aᵢ = ${gate && `${step.beta.toFixed(2)} · `}(${sum})`);
-  }
-  if (!lines.length) return [];
+  const weights = step.weights.flat();
+  const top = weights.indexOf(Math.max(...weights));
+  const place = step.entropies.length === 1
+    ? `Region ${top + 1} is in row ${Math.floor(top / columns) + 1}, column ${(top % columns) + 1}.`
+    : `Regions are counted row by row, ${columns} in each row.`;
   return [
     make("h3", {}, "The equations with these numbers"),
     ...lines.map((line) => make("p", { class: "equation" }, line)),
-    make("p", {}, `Region ${top + 1} is in row ${Math.floor(top / columns) + 1}, column ${(top % columns) + 1}.`),
+    make("p", {}, place),
   ];
 }
 
-// What changes attention, at every step alone: the state that the words before it left behind stays as it is.
-function controls(value, ask) {
+// What changes attention, at every step alone: the state that the words before it left behind stays as it is; and the
+// choice of a second model.
+function controls(first, ask) {
   const label = make("span", { class: "number" });
   const slider = make("input", {
     type: "range", min: 0, max: TEMPERATURES.length - 1, step: 1, "aria-label": "Temperature of attention's softmax",
@@ -90,11 +83,15 @@ function controls(value, ask) {
   });
   const everywhere = make("button", { type: "button", onclick: () => ask({ temperature: now.temperature === "even" ? null : "even" }) }, "Look everywhere");
   const nowhere = make("button", { type: "button", onclick: () => ask({ context: !now.context }) }, "Look nowhere");
-  let now = value.question;
-  const node = make("div", { class: "change" });
-  if (value.steps[0].scores) node.append(make("label", {}, "Temperature of the softmax", slider, label));
-  node.append(everywhere);
-  if (value.gate) node.append(nowhere);
+  const heat = make("label", {}, "Temperature of the softmax", slider, label);
+  const others = props.models.filter((name) => name !== first);
+  const second = make(
+    "select", { onchange: () => ask({ second: (wanted = second.value || null) }) },
+    make("option", { value: "" }, "none"), ...others.map((name) => make("option", { value: name }, name)),
+  );
+  const node = make("div", { class: "change" }, heat, everywhere, nowhere);
+  if (others.length) node.append(make("label", { class: "second" }, "Second model", second));
+  let now = null;
   function show(question) {
     now = question;
     slider.value = TEMPERATURES.indexOf(question.temperature);
@@ -102,88 +99,121 @@ function controls(value, ask) {
     slider.setAttribute("aria-valuetext", label.textContent);
     everywhere.setAttribute("aria-pressed", String(question.temperature === "even"));
     nowhere.setAttribute("aria-pressed", String(!question.context));
+    second.value = question.second || "";
   }
-  return { node, show };
+  // What none of the models can do is not offered.
+  function offer(boards) {
+    heat.hidden = !boards.some(({ steps }) => steps && steps.length && steps[0].scores);
+    nowhere.hidden = !boards.some(({ gate }) => gate);
+  }
+  return { node, show, offer };
 }
 
-let update = null; // shows other numbers of the same words
+// The numbers of one model at the step; `title`: whether its name stands above them.
+function board({ model, steps, error, problem, ...rest }, title) {
+  const node = make("section", { class: "board", "aria-label": model });
+  if (title) node.append(make("h2", {}, model));
+  if (error) node.append(make("p", { class: "problem", role: "alert" }, error));
+  if (problem) node.append(make("p", { class: "problem" }, problem)); // not announced again at every step
+  if (error || !steps.length) return node;
+  const place = stepOf(steps);
+  const step = steps[place];
+  const sentence = make("p", { class: "now" });
+  steps.forEach((each, number) => sentence.append(number === place ? make("mark", {}, each.word) : each.word, " "));
+  const left = make("div");
+  let number = 1;
+  if (step.scores) {
+    left.append(make("h3", {}, `${number++}. Scores`), make("p", {}, "How well each region matches the decoder's state h."), grid(step.scores, 1, "Scores"));
+  }
+  left.append(
+    make("h3", {}, `${number++}. Weights alpha, in percent`),
+    make("p", {}, `The softmax of the scores${step.entropies.length > 1 ? ", the mean of the heads" : ""}. They sum to 100 %.`),
+    grid(step.weights.map((row) => row.map((value) => 100 * value)), 1, "Attention weights in percent"),
+    make("h3", {}, "Entropy of the weights"),
+    make("p", {}, `As a share of its maximum, log ${step.weights.flat().length}: 100 % for an even map, 0 % if one region has all the weight.`),
+    make("div", { class: "entropy" }, ...step.entropies.map((share, head) => bar(mapName(step, head, rest.layers), share, percent(share)))),
+  );
+  const right = make("div");
+  if (step.beta !== null) {
+    right.append(make("h3", {}, `${number++}. Context gate beta`), make("p", {}, "How much the context vector counts for this word."), bar("beta", step.beta, step.beta.toFixed(2)));
+  }
+  if (rest.layers) {
+    const read = ["<start>", ...steps.slice(0, place).map((each) => each.word)];
+    right.append(make("h3", {}, `${number++}. Self-attention over the words so far`));
+    if (step.word_weights) {
+      right.append(
+        make("p", {}, "How much each layer takes from every word s, before it looks at the photo. The mean of its heads; point at a word for each head."),
+        make("p", { class: "equation" }, "αₛ = exp(eₛ) / Σₛ exp(eₛ), eₛ = (Q x) · (K xₛ) / √d"),
+        ...step.word_weights.map((layer, before) => wordsRead(read, layer, before + 1)),
+      );
+    } else right.append(make("p", {}, "The graphs in this model's file do not give its weights. Write new ones with captioner-export."));
+  }
+  right.append(make("h3", {}, `${number}. Next word`), make("p", {}, "The likeliest words and their probabilities."));
+  for (const { word, probability } of step.candidates) right.append(bar(word, probability, percent(probability)));
+  if (rest.before) {
+    const { word, probability } = rest.before[place];
+    right.append(make("p", { class: "before" }, `With attention as it is: ${word}, ${percent(probability)}.`));
+  }
+  right.append(...equations(rest.equations[place], step));
+  node.append(sentence, make("div", { class: "columns" }, left, right));
+  return node;
+}
 
 function render() {
   const root = element.querySelector(".steps");
   if (!root) return;
-  const { steps, error } = props.value || {};
-  root.querySelectorAll(".problem").forEach((each) => each.remove());
-  if (error && plain) {
+  const { boards, question, error } = props.value || {};
+  if (error && built) {
+    built.update(); // the controls too
     root.prepend(make("p", { class: "problem", role: "alert" }, error));
     return;
   }
-  if (!steps || !steps.length) {
-    update = plain = null;
+  if (!boards || !boards[0].steps.length) {
+    built = null;
     root.replaceChildren(make("p", { class: "hint" }, "Choose a photo on the first tab. Its numbers appear here."));
     return;
   }
-  const same = plain && JSON.stringify(plain.map((step) => step.word)) === JSON.stringify(steps.map((step) => step.word));
-  if (!changed(props.value.question)) plain = steps;
-  if (same) update(props.value);
-  else {
+  const words = JSON.stringify([boards[0].model, boards[0].steps.map((step) => step.word)]);
+  if (!built || built.words !== words) {
     at = 0;
-    build(root);
+    built = { words, ...build(root, boards[0].model) };
   }
+  built.update(props.value);
+  // For a new photo the first tab asked, which knows the models that are chosen there.
+  if (wanted !== undefined && wanted !== question.second && wanted !== boards[0].model) built.ask({ second: wanted });
 }
 
-function build(root) {
-  let value = props.value;
-  const shown = make("div");
+function build(root, first) {
+  let value = null;
+  const shown = make("div", { class: "boards" });
   const slider = make("input", {
-    type: "range", min: 0, max: value.steps.length - 1, step: 1, value: at, "aria-label": "Word of the caption",
-    oninput: () => { at = Number(slider.value); show(); },
+    type: "range", min: 0, step: 1, "aria-label": "Word of the caption", oninput: () => { at = Number(slider.value); show(); },
   });
-  const change = controls(value, (part) => {
+  const change = controls(first, ask);
+  function ask(part) {
     const question = { ...JSON.parse(root.dataset.question || "{}"), ...part };
     root.dataset.question = JSON.stringify(question); // where the request finds it
     change.show(question);
+    if (part.second) shown.append(make("p", { class: "hint", role: "status" }, `${part.second} is captioning the photo.`));
     trigger("select");
-  });
-  update = (next) => {
+  }
+  function update(next = value) {
     value = next;
+    root.querySelectorAll(":scope > .problem").forEach((each) => each.remove());
     root.dataset.question = JSON.stringify(value.question);
+    slider.max = Math.max(...value.boards.map(({ steps }) => (steps ? steps.length - 1 : 0)));
+    slider.value = at = Math.min(at, slider.max);
     change.show(value.question);
+    change.offer(value.boards);
     show();
-  };
+  }
   function show() {
-    const { steps, mechanism, question } = value;
-    const step = steps[at];
-    slider.setAttribute("aria-valuetext", step.word);
-    const sentence = make("p", { class: "now" });
-    steps.forEach((each, number) => sentence.append(number === at ? make("mark", {}, each.word) : each.word, " "));
-    const left = make("div");
-    let number = 1;
-    if (step.scores) {
-      left.append(make("h3", {}, `${number++}. Scores`), make("p", {}, "How well each region matches the decoder's state h."), grid(step.scores, 1, "Scores"));
-    }
-    left.append(
-      make("h3", {}, `${number++}. Weights alpha, in percent`),
-      make("p", {}, "The softmax of the scores. They sum to 100 %."),
-      grid(step.weights.map((row) => row.map((value) => 100 * value)), 1, "Attention weights in percent"),
-      make("h3", {}, "Entropy of the weights"),
-      make("p", {}, `As a share of its maximum, log ${step.weights.flat().length}: 100 % for an even map, 0 % if one region has all the weight.`),
-      make("div", { class: "entropy" }, ...step.entropies.map((share, place) => bar(mapName(step, place), share, `${(100 * share).toFixed(1)} %`))),
-    );
-    const right = make("div");
-    if (step.beta !== null) {
-      right.append(make("h3", {}, `${number++}. Context gate beta`), make("p", {}, "How much the context vector counts for this word."), bar("beta", step.beta, step.beta.toFixed(2)));
-    }
-    right.append(make("h3", {}, `${number}. Next word`), make("p", {}, "The likeliest words and their probabilities."));
-    for (const { word, probability } of step.candidates) right.append(bar(word, probability, `${(100 * probability).toFixed(1)} %`));
-    if (changed(question)) {
-      const [first] = plain[at].candidates;
-      right.append(make("p", { class: "before" }, `With attention as it is: ${first.word}, ${(100 * first.probability).toFixed(1)} %.`));
-    }
-    right.append(...equations(step, mechanism, question));
-    shown.replaceChildren(sentence, make("div", { class: "columns" }, left, right));
+    const words = value.boards.filter(({ steps }) => steps && steps.length).map(({ steps }) => steps[stepOf(steps)].word);
+    slider.setAttribute("aria-valuetext", words.join(" / "));
+    shown.replaceChildren(...value.boards.map((each) => board(each, value.boards.length > 1)));
   }
   root.replaceChildren(make("label", {}, "Word", slider), change.node, shown);
-  update(value);
+  return { update, ask };
 }
 
 watch("value", render);

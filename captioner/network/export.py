@@ -12,7 +12,7 @@ from torch.export import Dim
 from torch.func import functional_call
 
 from captioner.config import ModelConfig
-from captioner.engine import BLOCK, Graph, Graphs, digest_of
+from captioner.engine import BLOCK, OPTIONAL, Graph, Graphs, digest_of
 from captioner.modelfile import read_model, save_model
 from captioner.network.decoder import AttentionLSTM, Memory
 from captioner.network.model import ShowAttendTell
@@ -89,7 +89,7 @@ def export_decoder(decoder: AttentionLSTM | TransformerDecoder, annotations: Ten
         layers = tuple(Memory(annotations, each, mask) for each in rest[: len(keys)])
         memory: Any = layers if several else layers[0]
         found = decoder.step(memory, type(state)(*rest[len(keys) :]), tokens)
-        optional = [part for part in (found.beta, found.scores) if part is not None]
+        optional = [part for name in OPTIONAL if (part := getattr(found, name)) is not None]
         return (found.logits, found.alpha, *found.state, *optional)
 
     with torch.no_grad():
@@ -100,7 +100,7 @@ def export_decoder(decoder: AttentionLSTM | TransformerDecoder, annotations: Ten
             state = found.state
     keys = {f"keys_{number}": layer.keys for number, layer in enumerate(memory if several else [memory])}
     following = [f"next_{name}" for name in state._fields]
-    optional = [name for name in ("beta", "scores") if getattr(found, name) is not None]
+    optional = [name for name in OPTIONAL if getattr(found, name) is not None]
     shared = {"annotations": annotations, "mask": mask}
     # Of states and tokens also the rows vary; of a transformer's state also the steps, its fourth axis.
     varying = {name: (0, 1, 3) if array.dim() == 5 else (0, 1) for name, array in state._asdict().items()}

@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
 
     def forward(
         self, x: Tensor, past: Tensor | None = None, causal: bool = False, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Attention of new positions over those that they may see.
 
         Args:
@@ -49,20 +49,24 @@ class SelfAttention(nn.Module):
             mask: (batch, new), True for valid positions; others are ignored. Not together with `causal`.
 
         Returns:
-            (batch, new, size), and the keys and values of all positions so far, (batch, steps + new, 2 * size).
+            (batch, new, size); the keys and values of all positions so far, (batch, steps + new, 2 * size); and, for
+            one new position of a causal sequence, its weights, (batch, heads, steps + 1). None for several positions,
+            since torch's fused attention does not give them.
         """
         present = torch.cat([self.key(x), self.value(x)], dim=-1)
         if past is not None:
             present = torch.cat([past, present], dim=1)
         key, value = (split_heads(part, self.heads) for part in present.chunk(2, dim=-1))
+        query = split_heads(self.query(x), self.heads)
+        if causal and x.shape[1] == 1:  # it may see all
+            alpha = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(dim=-1)
+            return self.out(merge_heads(alpha @ value)), present, alpha.squeeze(2)
         visible = None if mask is None else mask[:, None, None, :]
-        if causal and x.shape[1] > 1:
+        if causal:
             everything = torch.ones(x.shape[1], present.shape[1], dtype=torch.bool, device=x.device)
             visible = everything.tril(present.shape[1] - x.shape[1])
-        gathered = nn.functional.scaled_dot_product_attention(
-            split_heads(self.query(x), self.heads), key, value, attn_mask=visible
-        )
-        return self.out(merge_heads(gathered)), present
+        gathered = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        return self.out(merge_heads(gathered)), present, None
 
 
 def feed_forward(size: int, dropout: float) -> nn.Sequential:
@@ -145,7 +149,7 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, past: Tensor | None, memory: Memory, drawn: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Attended]:
+    ) -> tuple[Tensor, Tensor, Attended, Tensor | None]:
         """Read new words of each caption.
 
         Args:
@@ -155,11 +159,12 @@ class DecoderLayer(nn.Module):
             drawn: (images, rows, new), regions to use, where attention draws them; None for it to draw.
 
         Returns:
-            x again; keys and values of all words so far; and what attention gave, (images, rows, new, ...).
+            x again; keys and values of all words so far; what attention gave, (images, rows, new, ...); and, for one
+            new word, the weights of self-attention, (images, rows, heads, steps + 1).
         """
         images, rows, new, _ = x.shape
         before = None if past is None else past.flatten(0, 1)
-        back, present = self.self_attention(self.norms[0](x).flatten(0, 1), before, causal=True)
+        back, present, words = self.self_attention(self.norms[0](x).flatten(0, 1), before, causal=True)
         x = x + self.dropout(back.unflatten(0, (images, rows)))
         # Every position of every caption attends by itself: to the mechanism they are rows of one image.
         drawn = None if drawn is None else drawn.flatten(1, 2)
@@ -167,7 +172,27 @@ class DecoderLayer(nn.Module):
         attended = Attended._make(None if part is None else part.unflatten(1, (rows, new)) for part in attended)
         x = x + self.dropout(self.read(attended.context))
         x = x + self.dropout(self.feed_forward(self.norms[2](x)))
-        return x, present.unflatten(0, (images, rows)), attended
+        words = None if words is None else words.unflatten(0, (images, rows))
+        return x, present.unflatten(0, (images, rows)), attended, words
+
+
+class Read(NamedTuple):
+    """What the layers of a decoder give for new words of each caption.
+
+    x: (images, rows, new, size).
+    presents: of each layer, keys and values of all words so far, (images, rows, steps, 2 * size).
+    alpha: (images, rows, new, heads, regions), the maps of all layers.
+    word_alpha: (images, rows, layers, heads, steps), the weights of self-attention; None for several new words.
+    choice_log_probability: (images, rows, new), of the regions that were drawn; None where none are drawn.
+    drawn: (images, rows, new, layers), these regions; None likewise.
+    """
+
+    x: Tensor
+    presents: list[Tensor]
+    alpha: Tensor
+    word_alpha: Tensor | None
+    choice_log_probability: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 class TransformerDecoder(nn.Module):
@@ -227,9 +252,14 @@ class TransformerDecoder(nn.Module):
 
     def step(self, memories: tuple[Memory, ...], state: Past, words: Tensor) -> Step:
         """Read one word and score the next one; see `AttentionLSTM.step`. There is no beta gate: beta is None."""
-        x, presents, alpha, _, drawn = self.read(memories, words[..., None], state.keys_values)
-        drawn = None if drawn is None else drawn[:, :, 0]
-        return Step(self.predict(x[:, :, 0]), Past(torch.stack(presents, dim=2)), alpha[:, :, 0], None, drawn)
+        found = self.read(memories, words[..., None], state.keys_values)
+        return Step(
+            self.predict(found.x[:, :, 0]),
+            Past(torch.stack(found.presents, dim=2)),
+            found.alpha[:, :, 0],
+            drawn=None if found.drawn is None else found.drawn[:, :, 0],
+            word_alpha=found.word_alpha,
+        )
 
     def forward(
         self,
@@ -243,20 +273,18 @@ class TransformerDecoder(nn.Module):
         inputs = (captions if inputs is None else inputs)[..., :-1]
         targets = captions[..., 1:]
         word_mask = targets != PAD
-        x, _, alpha, choice_log_probability, _ = self.read(self.encode(annotations, mask), inputs, None, drawn)
-        if choice_log_probability is not None:
-            choice_log_probability = choice_log_probability * word_mask
+        found = self.read(self.encode(annotations, mask), inputs, None, drawn)
         return TeacherForced(
-            self.predict(x[word_mask]),
+            self.predict(found.x[word_mask]),
             targets[word_mask],
-            alpha * word_mask[..., None, None],
+            found.alpha * word_mask[..., None, None],
             word_mask,
-            choice_log_probability,
+            None if found.choice_log_probability is None else found.choice_log_probability * word_mask,
         )
 
     def read(
         self, memories: tuple[Memory, ...], words: Tensor, past: Tensor | None, drawn: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None, Tensor | None]:
+    ) -> Read:
         """New words through all layers.
 
         Args:
@@ -264,31 +292,25 @@ class TransformerDecoder(nn.Module):
             words: (images, rows, new).
             past: (images, rows, layers, steps, 2 * size); see `Past`.
             drawn: (images, rows, new, layers), regions to use; None for attention to draw them, where it draws.
-
-        Returns:
-            (images, rows, new, size); keys and values of each layer; alpha (images, rows, new, heads, regions); the
-            log-probability of the regions that were drawn (images, rows, new); and these (images, rows, new, layers).
         """
         size = self.embedding.embedding_dim
         first = 0 if past is None else past.shape[3]
         places = sinusoids(first, words.shape[2], size).to(self.embedding.weight)
         x = self.dropout(self.embedding(words) * size**0.5 + places)
-        presents, per_layer = [], []
+        presents, per_layer, word_alpha = [], [], []
         for number, (layer, memory) in enumerate(zip(self.layers, memories, strict=True)):
             before = None if past is None else past[:, :, number]
-            x, present, attended = layer(x, before, memory, None if drawn is None else drawn[..., number])
+            x, present, attended, over_words = layer(x, before, memory, None if drawn is None else drawn[..., number])
             presents.append(present)
             per_layer.append(attended)
+            word_alpha.append(over_words)
         alpha = torch.cat([attended.alpha for attended in per_layer], dim=3)
+        found = Read(x, presents, alpha, None if word_alpha[0] is None else torch.stack(word_alpha, dim=2))
         if per_layer[0].choice_log_probability is None:
-            return x, presents, alpha, None, None
-        choice_log_probability = torch.stack([attended.choice_log_probability for attended in per_layer]).sum(dim=0)
-        return (
-            x,
-            presents,
-            alpha,
-            choice_log_probability,
-            torch.stack([attended.drawn for attended in per_layer], dim=-1),
+            return found
+        return found._replace(
+            choice_log_probability=torch.stack([attended.choice_log_probability for attended in per_layer]).sum(dim=0),
+            drawn=torch.stack([attended.drawn for attended in per_layer], dim=-1),
         )
 
     def predict(self, x: Tensor) -> Tensor:
