@@ -4,6 +4,7 @@ Starts the server in a process of its own. For each number of clients, that many
 per second, response times and the server's memory are printed.
 
 `--soak 2000` instead sends 2,000 requests, a quarter of them bad and a tenth interrupted, and checks every answer.
+`--start` instead prints the seconds from the start of the server to the answer with its first caption.
 """
 
 import argparse
@@ -49,17 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--soak", type=positive, metavar="N", help="instead send N good and bad requests, and check them"
     )
+    parser.add_argument("--start", action="store_true", help="instead print the seconds to the first caption")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="the model to serve")
     options = parser.parse_args(arguments)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", __package__, "--port", str(port), "--model", options.model]
+    started = time.perf_counter()
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     folder = Path(tempfile.mkdtemp())
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(url, server)
+        if options.start:
+            answer = call(url, upload(url, sorted(SAMPLES.glob("*.jpg"))[0]))
+            if "caption" not in answer:
+                raise RuntimeError(f"no caption: {answer}")
+            print(f"{time.perf_counter() - started:.2f}")
+            return 0
         photos = draw_photos(folder, 32)
         if options.soak:
             captioner = Captioner.from_pretrained(options.model)
@@ -89,7 +98,7 @@ def wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
             urllib.request.urlopen(f"{url}/health").close()
             return
         except urllib.error.URLError:
-            time.sleep(0.2)
+            time.sleep(0.02)
     raise RuntimeError("the server ended before it answered")
 
 

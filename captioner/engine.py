@@ -223,11 +223,16 @@ class OnnxEngine:
         return Step(found["logits"], state, found["alpha"], **optional)
 
 
-def open_session(graph: Graph, weights: Callable[[str], np.ndarray]) -> Any:
-    """An ONNX Runtime session of a graph with its weights, in float32 or in 8 bits."""
+def open_session(graph: Graph, weights: Callable[[str], np.ndarray], options: Any = None) -> Any:
+    """An ONNX Runtime session of a graph with its weights, in float32 or in 8 bits.
+
+    Args:
+        graph, weights: see `OnnxEngine`.
+        options: `onnxruntime.SessionOptions` to add to, such as those that ask for a profile.
+    """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options = options or onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()
     # The three sessions of an engine take turns: threads of one that wait by spinning would take the cores of the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -1,0 +1,1 @@
+"""What `python -m training.benchmark` measures, and what it compares with."""
