@@ -363,3 +363,33 @@ def test_the_mechanism_in_the_readme_is_all_that_it_takes_to_add_one(monkeypatch
         assert parse_options("cosine", []) == {"sharpness": 10.0}
     with pytest.raises(ValueError, match="there is an attention mechanism 'cosine' already"):
         register(scope["CosineAttention"])
+
+
+@pytest.mark.parametrize(("images", "rows"), [(3, 2), (2, 1), (0, 2)])
+def test_additive_scores_in_training_are_those_of_the_equation_with_its_gradients(images, rows):
+    attention = attention_of("additive").double()
+    hidden, annotations, _ = inputs(images, rows, 7, seed=5)
+    hidden, annotations = hidden.double().requires_grad_(), annotations.double().requires_grad_()
+    weight = torch.randn(images, rows, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    tensors = [hidden, annotations, *attention.parameters()]
+    scores = attention.scores(hidden, attention.keys(annotations))
+    matched = torch.tanh(attention.W(annotations)[:, None] + attention.U(hidden)[:, :, None])
+    expected = attention.v(matched).squeeze(-1)
+    assert torch.allclose(scores, expected, atol=1e-12)
+    found = torch.autograd.grad((scores * weight).sum(), tensors)
+    for ours, theirs in zip(found, torch.autograd.grad((expected * weight).sum(), tensors), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+    with torch.no_grad():
+        assert torch.allclose(attention.scores(hidden, attention.keys(annotations)), expected, atol=1e-12)
+
+
+def test_additive_scores_under_autocast_have_the_type_of_the_weights():
+    attention = attention_of("additive")
+    hidden, annotations, _ = inputs(2, 3, 7, seed=5)
+    expected = attention.scores(hidden, attention.keys(annotations))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = attention.scores(hidden, attention.keys(annotations))
+    assert scores.dtype == torch.float32
+    assert torch.allclose(scores, expected, atol=0.2)
+    scores.sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in attention.parameters() if weight is not attention.W.bias)

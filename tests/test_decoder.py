@@ -217,3 +217,25 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(net(annotations, captions).logits, net(annotations, captions).logits)
     net.eval()
     assert torch.equal(net(annotations, captions).logits, net(annotations, captions).logits)
+
+
+def test_captions_of_any_lengths_give_what_the_steps_give_one_by_one():
+    """Each step leaves out the images and the rows without a word; the results are in the order of the images."""
+    network = decoder().eval()
+    generator = torch.Generator().manual_seed(1)
+    annotations = torch.randn(4, REGIONS, CHANNELS, generator=generator, dtype=torch.double)
+    lengths = torch.tensor([[3, 1, 0], [7, 7, 2], [0, 0, 0], [5, 4, 4]])
+    words = torch.randint(4, WORDS, (4, 3, 9), generator=generator)
+    captions = torch.where(torch.arange(9) < lengths[..., None] + 1, words, PAD)
+    captions[..., 0] = START
+    output = network(annotations, captions)
+    memory = network.encode(annotations)
+    state = network.initial_state(memory, 3)
+    logits, alpha = [], []
+    for t in range(8):
+        step = network.step(memory, state, captions[..., t])
+        logits, alpha, state = [*logits, step.logits], [*alpha, step.alpha], step.state
+    mask = captions[..., 1:] != PAD
+    assert torch.equal(output.mask, mask)
+    assert torch.allclose(output.logits, torch.stack(logits, dim=2)[mask])
+    assert torch.allclose(output.alpha, torch.stack(alpha, dim=2) * mask[..., None, None])

@@ -1,5 +1,6 @@
 """The LSTM that attends: one step, and whole captions under teacher forcing (Xu et al. 2015, section 3.1.2)."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,11 @@ class Memory(NamedTuple):
     annotations: Tensor
     keys: Tensor
     mask: Tensor | None
+
+    def first(self, images: int) -> "Memory":
+        """That of the first images alone."""
+        mask = None if self.mask is None else self.mask[:images]
+        return Memory(self.annotations[:images], self.keys[:images], mask)
 
 
 class State(NamedTuple):
@@ -172,31 +178,36 @@ class AttentionLSTM(nn.Module):
             drawn: (images, rows, length - 1, layers), the region to use before each word, as a search drew it
                 (`captioner.search.Hypotheses`); None for attention to draw its own, where it draws.
         """
-        memory = self.encode(annotations, mask)
         inputs = (captions if inputs is None else inputs)[..., :-1]
         targets = captions[..., 1:]
         word_mask = targets != PAD
-        # Each step computes only the rows in which a word is left in any image.
+        # Each step computes only the images and the rows in which a word is left, so the longest captions come first.
+        lengths = word_mask.sum(dim=2).amax(dim=1)
+        order = lengths.argsort(descending=True)
+        images_left = [int((lengths > t).sum()) for t in range(word_mask.shape[2])]
         rows_left = [int(rows) for rows in word_mask.flip(1).cummax(dim=1)[0].any(dim=0).sum(dim=0)]
         embedded = self.dropout(self.embedding(inputs))
-        word_gates = self.word_to_gates(embedded)
+        word_gates = self.word_to_gates(embedded[order])
+        drawn = None if drawn is None else drawn[order]
 
+        memory = self.encode(annotations[order], None if mask is None else mask[order])
         state = self.initial_state(memory, captions.shape[1])
         hiddens, contexts, alphas, choice_log_probabilities = [], [], [], []
-        for t, (rows, gates) in enumerate(zip(rows_left, word_gates.unbind(dim=2), strict=True)):
-            state = State(state.hidden[:, :rows], state.cell[:, :rows])
-            regions = None if drawn is None else drawn[:, :rows, t, 0]
-            state, attended, _ = self.advance(memory, state, gates[:, :rows], regions)
-            absent = captions.shape[1] - rows
-            hiddens.append(nn.functional.pad(state.hidden, (0, 0, 0, absent)))
-            contexts.append(nn.functional.pad(attended.context, (0, 0, 0, absent)))
-            alphas.append(nn.functional.pad(attended.alpha, (0, 0, 0, 0, 0, absent)))
+        for t, (images, rows, gates) in enumerate(zip(images_left, rows_left, word_gates.unbind(dim=2), strict=True)):
+            memory = memory.first(images)
+            state = State(state.hidden[:images, :rows], state.cell[:images, :rows])
+            regions = None if drawn is None else drawn[:images, :rows, t, 0]
+            state, attended, _ = self.advance(memory, state, gates[:images, :rows], regions)
+            hiddens.append(state.hidden)
+            contexts.append(attended.context)
+            alphas.append(attended.alpha)
             if attended.choice_log_probability is not None:
-                choice_log_probabilities.append(nn.functional.pad(attended.choice_log_probability, (0, absent)))
-        hidden, context, alpha = (torch.stack(parts, dim=2) for parts in (hiddens, contexts, alphas))
+                choice_log_probabilities.append(attended.choice_log_probability)
+        back = order.argsort()
+        hidden, context, alpha = (in_one(parts, word_mask)[back] for parts in (hiddens, contexts, alphas))
         logits = self.predict(embedded[word_mask], hidden[word_mask], context[word_mask])
         choice_log_probability = (
-            torch.stack(choice_log_probabilities, dim=2) * word_mask if choice_log_probabilities else None
+            in_one(choice_log_probabilities, word_mask)[back] * word_mask if choice_log_probabilities else None
         )
         return TeacherForced(
             logits, targets[word_mask], alpha * word_mask[..., None, None], word_mask, choice_log_probability
@@ -245,3 +256,23 @@ class AttentionLSTM(nn.Module):
         if mode:
             self.gates_of_words, self.gates_are_of = None, []
         return super().train(mode)
+
+
+def in_one(steps: Sequence[Tensor], word_mask: Tensor) -> Tensor:
+    """What the steps gave, (images, rows, ...) each, with zeros for the images and rows that a step left out.
+
+    Args:
+        steps: one tensor a step, of the first images and rows.
+        word_mask: (images, rows, steps).
+
+    Returns:
+        (images, rows, steps, ...).
+    """
+    images, rows, _ = word_mask.shape
+    return torch.stack(
+        [
+            nn.functional.pad(part, (0, 0) * (part.dim() - 2) + (0, rows - part.shape[1], 0, images - part.shape[0]))
+            for part in steps
+        ],
+        dim=2,
+    )
