@@ -227,14 +227,14 @@ class AdditiveScores(torch.autograd.Function):
         """The gradients of query, keys and v from that of the scores."""
         query, keys, v = context.saved_tensors
         of_query, of_keys, of_v = [], [], -gradient.sum()
+        four = 4 * v  # the slope of tanh(x) is four times that of sigmoid(2 x) over 2 x
         for some_queries, some_keys, some in in_parts(query, keys, gradient):
             sigmoid = sigmoid_of(some_queries, some_keys)
             of_v = of_v + 2 * (some.flatten() @ sigmoid.flatten(0, 2))
             slope = sigmoid.sub_(sigmoid.square()).mul_(some[..., None])
-            of_query.append(slope.sum(dim=2))
-            of_keys.append(slope.sum(dim=1))
-        four = 4 * v  # the slope of tanh(x) is four times that of sigmoid(2 x) over 2 x
-        return torch.cat(of_query) * four, (torch.cat(of_keys) * four).to(keys.dtype), of_v
+            of_query.append(slope.sum(dim=2) * four)
+            of_keys.append((slope.sum(dim=1) * four).to(keys.dtype))
+        return torch.cat(of_query), torch.cat(of_keys), of_v
 
 
 def sigmoid_of(query: Tensor, keys: Tensor) -> Tensor:
