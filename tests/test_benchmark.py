@@ -247,6 +247,15 @@ def test_operations_are_those_of_matrix_products_and_the_limit_is_the_longer_of_
     assert rates.least_seconds(operations=10.0, weights=20.0, rate=20.0) == 2.0
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_gradients_of_a_convolution_with_groups_take_twice_its_own_operations(groups):
+    layer, images = torch.nn.Conv2d(4, 8, 3, groups=groups), torch.ones(2, 4, 5, 5, requires_grad=True)
+    forward = 2 * (2 * 8 * 3 * 3) * (4 // groups * 3 * 3)
+    assert operations(lambda: layer(images)) == forward
+    assert operations(lambda: layer(images).sum().backward()) == 3 * forward
+    assert operations(lambda: layer(images.detach()).sum().backward()) == 2 * forward
+
+
 def test_every_rate_is_measured_once(monkeypatch):
     rates = Rates(CPU, repeats=1)
     found = [rates.memory, rates.in_torch(torch.float32), rates.in_onnx(int8=False), rates.in_onnx(int8=True)]

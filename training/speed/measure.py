@@ -5,12 +5,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from captioner.engine import Graph, open_session
 from captioner.network.export import OPSET, add_weight, quantize_graph
@@ -79,9 +79,19 @@ def seconds_of_each(
 
 def operations(action: Callable[[], object]) -> float:
     """Floating-point operations of the matrix products and convolutions of a call in torch, gradients included."""
-    with FlopCounterMode(display=False) as counter:
+    corrected = {torch.ops.aten.convolution_backward: convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
         action()
     return float(counter.get_total_flops())
+
+
+def convolution_backward(gradient: Any, inputs: Any, weight: Any, *options: Any, out_shape: Any) -> int:
+    """Operations of a convolution's gradients, from shapes: as many for the inputs and for the weight as forwards.
+
+    Torch's own count takes every convolution for one without groups.
+    """
+    *_, transposed, _, _, wanted = options
+    return sum(wanted[:2]) * conv_flop_count(inputs, weight, gradient, transposed)
 
 
 class Rates:
