@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from captioner.config import ModelConfig
 from captioner.engine import Step
@@ -188,18 +187,17 @@ class AttentionLSTM(nn.Module):
         images_left = [int((lengths > t).sum()) for t in range(word_mask.shape[2])]
         rows_left = [int(rows) for rows in word_mask.flip(1).cummax(dim=1)[0].any(dim=0).sum(dim=0)]
         embedded = self.dropout(self.embedding(inputs))
-        state_to_gates = LinearOverSteps(self.state_to_gates.weight, self.word_to_gates(embedded[order]))
-        word_gates = state_to_gates.added.unbind(dim=2)
+        word_gates = self.word_to_gates(embedded[order])
         drawn = None if drawn is None else drawn[order]
 
         memory = self.encode(annotations[order], None if mask is None else mask[order])
         state = self.initial_state(memory, captions.shape[1])
         hiddens, contexts, alphas, choice_log_probabilities = [], [], [], []
-        for t, (images, rows, gates) in enumerate(zip(images_left, rows_left, word_gates, strict=True)):
+        for t, (images, rows, gates) in enumerate(zip(images_left, rows_left, word_gates.unbind(dim=2), strict=True)):
             memory = memory.first(images)
             state = State(state.hidden[:images, :rows], state.cell[:images, :rows])
             regions = None if drawn is None else drawn[:images, :rows, t, 0]
-            state, attended, _ = self.advance(memory, state, gates[:images, :rows], regions, state_to_gates)
+            state, attended, _ = self.advance(memory, state, gates[:images, :rows], regions)
             hiddens.append(state.hidden)
             contexts.append(attended.context)
             alphas.append(attended.alpha)
@@ -216,21 +214,13 @@ class AttentionLSTM(nn.Module):
         )
 
     def advance(
-        self,
-        memory: Memory,
-        state: State,
-        word_gates: Tensor,
-        drawn: Tensor | None = None,
-        state_to_gates: "LinearOverSteps | None" = None,
+        self, memory: Memory, state: State, word_gates: Tensor, drawn: Tensor | None = None
     ) -> tuple[State, Attended, Tensor]:
-        """The recurrence: the new state, what attention gave (its context vector gated), and beta.
-
-        In training `state_to_gates` stands for the layer of that name.
-        """
+        """The recurrence: the new state, what attention gave (its context vector gated), and beta."""
         attended = self.attention(state.hidden, memory.keys, memory.annotations, memory.mask, drawn)
         beta = torch.sigmoid(self.beta(state.hidden))
         context = beta * attended.context
-        gates = word_gates + (state_to_gates or self.state_to_gates)(torch.cat([context, state.hidden], dim=-1))
+        gates = word_gates + self.state_to_gates(torch.cat([context, state.hidden], dim=-1))
         write, forget, read, candidate = gates.chunk(4, dim=-1)
         cell = torch.sigmoid(forget) * state.cell + torch.sigmoid(write) * torch.tanh(candidate)
         hidden = torch.sigmoid(read) * torch.tanh(cell)
@@ -286,45 +276,3 @@ def in_one(steps: Sequence[Tensor], word_mask: Tensor) -> Tensor:
         ],
         dim=2,
     )
-
-
-class LinearOverSteps:
-    """A linear layer that is called once a step, and whose weight gets its gradient from all steps in one product.
-
-    With one product a step, each of a few rows, the whole matrix would be read and written at every step.
-
-    Args:
-        weight: (outputs, inputs).
-        added: (images, rows, steps, outputs), what the caller adds to the layer's outputs.
-
-    Attributes:
-        added: the same, to be used in its place: its gradient is also that of the outputs.
-    """
-
-    def __init__(self, weight: Tensor, added: Tensor) -> None:
-        self.inputs: list[Tensor] = []
-        self.weight = weight.detach().to(added.dtype)
-        self.added: Tensor = GradientOverSteps.apply(added, weight, self.inputs)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """The outputs of the next step, of the first images and rows."""
-        self.inputs.append(inputs.detach())
-        return nn.functional.linear(inputs, self.weight)
-
-
-class GradientOverSteps(torch.autograd.Function):
-    """What is added to the outputs of a `LinearOverSteps`, unchanged; its gradient gives that of the weight."""
-
-    @staticmethod
-    def forward(context: Any, added: Tensor, weight: Tensor, inputs: list[Tensor]) -> Tensor:
-        """The same; `inputs` will have been filled when the gradient comes."""
-        context.inputs, context.kind = inputs, weight.dtype
-        return added.view_as(added)
-
-    @staticmethod
-    @once_differentiable
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """The gradients of `added` and of the weight."""
-        inputs = torch.cat([each.flatten(0, 1) for each in context.inputs]).to(gradient.dtype)
-        steps = [gradient[: len(each), : each.shape[1], t].flatten(0, 1) for t, each in enumerate(context.inputs)]
-        return gradient, (torch.cat(steps).T @ inputs).to(context.kind), None
