@@ -410,6 +410,16 @@ def test_the_self_critical_stage_begins_with_sharper_attention(options, whole, t
         assert torch.equal(factor * tensor, after[name]), name
 
 
+@pytest.mark.parametrize(("sharpen", "kept"), [("1", ("frozen encoder", 1)), ("2", ("self-critical", 1))])
+def test_the_best_sharper_model_is_kept_though_it_scores_less(options, tmp_path, monkeypatch, sharpen, kept):
+    scores = iter([0.9, 0.4, 0.3])
+    monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
+    flags = ["--epochs", "1", "--finetune-epochs", "0", "--scst-epochs", "2", "--sharpen", sharpen]
+    assert main([*options, *flags, "--output", str(tmp_path / "run")]) == 0
+    row = Captioner.from_pretrained(tmp_path / "run").about["dev"]
+    assert (row["stage"], row["epoch"]) == kept
+
+
 def test_of_equal_scores_the_model_with_the_higher_bleu_is_kept(options, tmp_path, monkeypatch):
     """As with own captions of a few pictures: the words of all dev pictures are the same, so CIDEr is 0."""
     scores = iter([0.1, 0.9, 0.9, 0.5])

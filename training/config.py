@@ -110,7 +110,9 @@ class TrainConfig:
     scst_learning_rate: float = option(1e-4, "stage three: peak learning rate of the decoder")
     scst_encoder_learning_rate: float = option(0.0, "stage three: peak learning rate of the encoder; 0: frozen")
     sharpen: float = option(
-        1.0, "stage three begins by multiplying attention's scores by this; above 1, maps become narrower"
+        1.0,
+        "stage three begins by multiplying attention's scores by this; above 1, maps become narrower, and the best "
+        "model of stage three is kept, even where that costs some of the score",
     )
     scst_search: str = option("beam", "how captions are generated in stage three", ("beam", "sample"))
     scst_samples: int = option(5, "captions generated for each image in stage three")

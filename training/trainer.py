@@ -109,7 +109,7 @@ class Trainer:
         self.begin_stage(stage, tensors)
         if self.config.start_from and tensors is None and not progress.history:
             self.validate(stage, "start")
-        if tensors is None and progress.best > -math.inf:
+        if tensors is None and progress.history:
             # Resuming could not start the stage again once a better model has replaced the one that it begins with.
             self.save()
         while progress.epoch < stage.epochs and progress.stale < self.config.patience:
@@ -206,6 +206,8 @@ class Trainer:
         if tensors is None and self.progress.best > -math.inf:
             self.model.load_state_dict(self.best_model.weights())
         if tensors is None and stage.sharpen != 1:
+            # Narrower maps are wanted though they cost some of the score: this stage's best model replaces the best.
+            self.progress.best = self.progress.best_bleu = -math.inf
             for module in self.model.decoder.modules():
                 if isinstance(module, Attention):
                     module.sharpen(stage.sharpen)
