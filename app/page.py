@@ -17,8 +17,8 @@ from .rendering import MAP_SIZE
 ASSETS = Path(__file__).parent / "assets"
 SAMPLES = ("cat.jpg", "photographer.jpg", "coffee.jpg", "astronaut.jpg")
 FAILURE = (
-    "The model base fails on the photographer, and both models on the astronaut: their training photographs show "
-    "little like them."
+    "Both models take the cup for a bowl and fail on the astronaut, base on the photographer too: their training "
+    "photographs show little like them."
 )
 KEEP_SECONDS = 3600  # uploads and downloads are deleted after an hour
 QUESTION = (ASSETS / "question.js").read_text("utf-8")
