@@ -367,7 +367,7 @@ def test_evidence_is_the_librarys(module, library):
     hidden = [0, 1, 9, 10, 63]
     hide = np.zeros(library.config.grid, dtype=bool)
     hide.flat[hidden] = True
-    path = PHOTOS / "cat.jpg"
+    path = PHOTOS / "photographer.jpg"
     code = """const { Captioner } = await import("./captioner.js");
         const { measureEvidence } = await import("./evidence.js");
         const photo = await (await fetch(`data:image/jpeg;base64,${values[0]}`)).blob();
@@ -386,7 +386,7 @@ def test_evidence_is_the_librarys(module, library):
     for theirs, options in zip(found, ({}, {"hide": hide}), strict=True):
         evidence = library.caption(path, evidence=True, **options).evidence
         assert np.abs(np.reshape(theirs, evidence.shape) - evidence).max() < 1e-3
-        assert evidence.max() > 0.05
+        assert evidence.max() > 0.1
     assert stopped is None
 
 
