@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         url = f"http://127.0.0.1:{port}"
         wait_for(url, server)
         if options.start:
-            answer = call(url, upload(url, sorted(SAMPLES.glob("*.jpg"))[0]))
-            if "caption" not in answer:
-                raise RuntimeError(f"no caption: {answer}")
+            request_caption(url, sorted(SAMPLES.glob("*.jpg"))[0])
             print(f"{time.perf_counter() - started:.2f}")
             return 0
         photos = draw_photos(folder, 32)
@@ -119,17 +117,22 @@ def load(url: str, photos: Sequence[Path], clients: int, requests: int) -> tuple
     Clients send plain HTTP requests: Gradio's own client takes more processor time than the server.
     """
 
-    def ask(number: int) -> float:
+    def wait(number: int) -> float:
         started = time.perf_counter()
-        answer = call(url, upload(url, photos[number % len(photos)]))
-        if "caption" not in answer:
-            raise RuntimeError(f"no caption: {answer}")
+        request_caption(url, photos[number % len(photos)])
         return time.perf_counter() - started
 
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as people:
-        waits = list(people.map(ask, range(requests)))
+        waits = list(people.map(wait, range(requests)))
     return requests / (time.perf_counter() - started), waits
+
+
+def request_caption(url: str, photo: Path) -> None:
+    """Upload a photo and wait for its caption. Raises RuntimeError if the answer has none."""
+    answer = call(url, upload(url, photo))
+    if "caption" not in answer:
+        raise RuntimeError(f"no caption: {answer}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ from captioner.files import replacing
 from captioner.images import ImageError, load_image
 from captioner.modelfile import MODEL_FILE
 from captioner.network.attention import MECHANISMS, MultiHeadAttention
+from captioner.network.model import ShowAttendTell
 
 from . import command
 from .comparison import MAPS, SCORES, draw_scores, markdown, same_word, summary
@@ -278,17 +279,23 @@ def measure(config: TrainConfig, pictures: int | None = None) -> dict[str, float
         **(each if len(of_sets) > 1 else {}),
     }
     if pictures:
-        figures |= mean_of_each([measure_maps(config, items, pictures) for items in dev.values()])
+        default = Captioner.from_pretrained(config.output, config.device)
+        figures |= mean_of_each([measure_maps(default, captioner.model, items, pictures) for items in dev.values()])
     return figures
 
 
-def measure_maps(config: TrainConfig, items: Sequence[CaptionedImage], pictures: int) -> dict[str, float]:
+def measure_maps(
+    captioner: Captioner, network: ShowAttendTell, items: Sequence[CaptionedImage], pictures: int
+) -> dict[str, float]:
     """What `training.pointing` and `training.truth` measure, under the names of `MAPS`; NaN where there is no word.
 
     Deletion and insertion are those of the largest regions first, less a random map's.
+
+    Args:
+        captioner, network: see `check_truth`.
+        items: photographs of one data set.
+        pictures: how many of them, and how many pairs, to measure on.
     """
-    captioner = Captioner.from_pretrained(config.output, config.device)
-    network = Captioner.from_pretrained(config.output, config.device, engine="torch").model
     figures = dict.fromkeys(MAPS, math.nan)
     try:
         pointing = check_pointing(captioner, items, pictures)
