@@ -234,8 +234,9 @@ def open_session(graph: Graph, weights: Callable[[str], np.ndarray], options: An
 
     options = options or onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()
-    # The three sessions of an engine take turns: threads of one that wait by spinning would take the cores of the next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads wait by spinning within a run, and sleep after it: the sessions of an engine take turns, and threads of
+    # one that go on spinning would take the cores of the next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # Without this a graph could ask for any file of the machine as its weights.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:

@@ -20,9 +20,11 @@ from captioner.arrays import (
     log_softmax,
     moved,
     namespace,
+    of_images,
     put_along,
     sort_descending,
     take_along,
+    to_numpy,
     top,
     without_gradients,
 )
@@ -35,6 +37,8 @@ BEAM_SIZE = 5
 MAX_LENGTH = 22
 LENGTH_PENALTY = 1.0
 BLOCK_NGRAMS = 2
+# To leave images out of a batch copies what the decoder remembers of the others; that pays from this share on.
+LEFT_OUT = 1 / 8
 
 
 class Hypotheses(NamedTuple):
@@ -148,34 +152,40 @@ def beam_search(
         # All beams are equal at first: only the first may grow, or they would all stay alike.
         total = full(tokens.shape, NEVER, like=annotations)
         total[:, 0] = 0.0
+        finished = Finished(len(annotations))
 
         for _ in range(max_length):
             step = decoder.step(memory, state, tokens)
             log_probabilities = distribution.log_probabilities(step.logits, hypotheses.words)
             ended = has_ended(tokens)
             log_probabilities = only_padding_after_the_end(log_probabilities, ended)
-            totals = total[..., None] + log_probabilities
-            lengths = cast(hypotheses.lengths + ~ended, "float32")[..., None]
-            ranks = totals / lengths.clip(1) ** length_penalty
-
-            images, _, vocabulary = ranks.shape
+            images, _, vocabulary = log_probabilities.shape
             if vocabulary - len(SPECIAL) < beam_size:
                 raise ValueError(
                     f"beam_size {beam_size} is more than the {vocabulary - len(SPECIAL)} words a caption may begin with"
                 )
+            # The best of an image are among as many likeliest words of each of its hypotheses.
+            log_probabilities, words = top(log_probabilities, beam_size)
+            totals = total[..., None] + log_probabilities
+            lengths = cast(hypotheses.lengths + ~ended, "float32")[..., None]
+            ranks = totals / lengths.clip(1) ** length_penalty
+
             scores, best = top(ranks.reshape(images, -1), beam_size)
-            parents, tokens = best // vocabulary, best % vocabulary
-            total = take_along(totals.reshape(images, -1), best)
+            parents = best // beam_size
+            tokens, total, log_probabilities = (
+                take_along(each.reshape(images, -1), best) for each in (words, totals, log_probabilities)
+            )
             hypotheses = hypotheses.choose(parents, scores).extend(
                 tokens,
-                take_along(log_probabilities.reshape(images, -1), best),
+                log_probabilities,
                 gather_rows(step.alpha, parents) * (tokens != PAD)[..., None, None],
                 None if step.drawn is None else gather_rows(step.drawn, parents),
             )
             state = type(state)(*(gather_rows(part, parents) for part in step.state))
-            if bool(has_ended(tokens).all()):
+            hypotheses, memory, state, tokens, total = finished.leave_out(hypotheses, memory, state, tokens, total)
+            if not len(tokens):
                 break
-        return hypotheses
+        return finished.together(hypotheses)
 
 
 def sample(
@@ -221,6 +231,7 @@ def sample(
     chances = moved(np.stack([random_numbers(one, samples, max_length) for one in seeds]), like=annotations)
     with without_gradients(annotations):
         memory, state, tokens, hypotheses = start(decoder, annotations, mask, samples)
+        finished = Finished(images)
 
         for t in range(max_length):
             step = decoder.step(memory, state, tokens)
@@ -233,10 +244,13 @@ def sample(
                 step.alpha * (tokens != PAD)[..., None, None],
                 step.drawn,
             )
-            state = step.state
-            if bool(has_ended(tokens).all()):
+            hypotheses, memory, state, tokens, chances = finished.leave_out(
+                hypotheses, memory, step.state, tokens, chances
+            )
+            if not len(tokens):
                 break
 
+        hypotheses = finished.together(hypotheses)
         scores = hypotheses.log_probabilities.sum(axis=2) / hypotheses.lengths.clip(1)
         scores, order = sort_descending(scores)
         return hypotheses.choose(order, scores)
@@ -290,6 +304,48 @@ def start(decoder: Any, annotations: Array, mask: Array | None, rows: int) -> tu
             full((images, rows), 0, annotations),
         ),
     )
+
+
+class Finished:
+    """The captions of those images of a batch that have no caption left that goes on.
+
+    Steps need not be computed for them any more.
+
+    Args:
+        images: how many the batch has.
+    """
+
+    def __init__(self, images: int) -> None:
+        self.left = np.arange(images)  # the images whose captions go on
+        self.parts: list[tuple[np.ndarray, Hypotheses]] = []
+
+    def leave_out(self, hypotheses: Hypotheses, memory: Any, state: Any, tokens: Array, other: Array) -> Any:
+        """What is given, for the images that go on; all of them as long as only few have ended."""
+        ended = to_numpy(has_ended(tokens).all(axis=1))
+        if ended.mean() < LEFT_OUT:
+            return hypotheses, memory, state, tokens, other
+        over, on = np.flatnonzero(ended), np.flatnonzero(~ended)
+        self.parts.append((self.left[over], of_images(hypotheses, over)))
+        self.left = self.left[on]
+        return of_images((hypotheses, memory, state, tokens, other), on)
+
+    def together(self, hypotheses: Hypotheses) -> Hypotheses:
+        """The captions of all images in the order of the batch, given those of the images that go on."""
+        images, parts = zip(*self.parts, (self.left, hypotheses), strict=True)
+        order = np.concatenate(images).argsort()
+        steps = hypotheses.words.shape[2]
+        fields = zip(*parts, strict=True)
+        return Hypotheses(*(None if field[0] is None else joined(field, steps)[order] for field in fields))
+
+
+def joined(arrays: Sequence[Array], steps: int) -> Array:
+    """A field of `Hypotheses` of several groups of images in one array; words, and what goes with them, are padded."""
+    concatenate, zeros_like = namespace(arrays[0]).concatenate, namespace(arrays[0]).zeros_like
+    if arrays[0].ndim > 2:
+        arrays = [
+            concatenate([array, *[zeros_like(array[:, :, :1])] * (steps - array.shape[2])], axis=2) for array in arrays
+        ]
+    return concatenate(arrays, axis=0)
 
 
 def has_ended(tokens: Array) -> Array:

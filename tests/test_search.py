@@ -125,6 +125,43 @@ def test_a_batch_gives_what_each_image_gives_alone(decoder, annotations, search)
         assert torch.allclose(together.alpha[image, :, :steps], alone.alpha[0], atol=1e-5)
 
 
+class Counting(InNumpy):
+    """A decoder in NumPy that counts the images of each of its steps."""
+
+    def __init__(self, decoder):
+        super().__init__(decoder)
+        self.images = []
+
+    def step(self, memory, state, tokens):
+        self.images.append(len(tokens))
+        return super().step(memory, state, tokens)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "transformer"])
+@pytest.mark.parametrize(
+    "search", [lambda *of: beam_search(*of, beam_size=2), lambda *of: sample(*of, samples=2, seed=3)]
+)
+def test_images_whose_captions_have_ended_are_left_out_of_further_steps(annotations, monkeypatch, kind, search):
+    net = small_model(words=30, decoder=kind, heads=3).decoder
+    with torch.no_grad():
+        net.output_weight.mul_(6)
+        net.output_bias[END] = 1.0  # captions end early, at different lengths
+    given = annotations.numpy(), np.ones((6, 6), dtype=bool)
+    monkeypatch.setattr(search_module, "LEFT_OUT", 1.0)
+    kept, decoder = search(Counting(net), *given), Counting(net)
+    for share in (0.3, 0.0):
+        monkeypatch.setattr(search_module, "LEFT_OUT", share)
+        found = search(decoder, *given)
+        assert (found.words == kept.words).all()
+        for name in ("log_probabilities", "alpha", "scores"):
+            assert np.allclose(getattr(found, name), getattr(kept, name), atol=1e-5)
+    assert decoder.images[0] == 6
+    lengths = found.lengths.max(axis=1)
+    assert lengths.min() < lengths.max()
+    # The second search leaves every image out at once.
+    assert decoder.images[-found.words.shape[2] :] == [(lengths > t).sum() for t in range(found.words.shape[2])]
+
+
 class ToyState(NamedTuple):
     history: torch.Tensor
 
