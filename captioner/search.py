@@ -170,10 +170,10 @@ def beam_search(
             lengths = cast(hypotheses.lengths + ~ended, "float32")[..., None]
             ranks = totals / lengths.clip(1) ** length_penalty
 
-            scores, best = top(ranks.reshape(images, -1), beam_size)
+            scores, best = (each[:, :beam_size] for each in sort_descending(ranks.reshape(images, -1)))
             parents = best // beam_size
             tokens, total, log_probabilities = (
-                take_along(each.reshape(images, -1), best) for each in (words, totals, log_probabilities)
+                gather_rows(each.reshape(images, -1), best) for each in (words, totals, log_probabilities)
             )
             hypotheses = hypotheses.choose(parents, scores).extend(
                 tokens,
@@ -322,7 +322,7 @@ class Finished:
     def leave_out(self, hypotheses: Hypotheses, memory: Any, state: Any, tokens: Array, other: Array) -> Any:
         """What is given, for the images that go on; all of them as long as only few have ended."""
         ended = to_numpy(has_ended(tokens).all(axis=1))
-        if ended.mean() < LEFT_OUT:
+        if np.count_nonzero(ended) < LEFT_OUT * len(ended):
             return hypotheses, memory, state, tokens, other
         over, on = np.flatnonzero(ended), np.flatnonzero(~ended)
         self.parts.append((self.left[over], of_images(hypotheses, over)))
