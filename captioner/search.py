@@ -316,7 +316,7 @@ class Finished:
     """
 
     def __init__(self, images: int) -> None:
-        self.left = np.arange(images)  # the images whose captions go on
+        self.going = np.arange(images)  # the images whose captions go on
         self.parts: list[tuple[np.ndarray, Hypotheses]] = []
 
     def leave_out(self, hypotheses: Hypotheses, memory: Any, state: Any, tokens: Array, other: Array) -> Any:
@@ -325,13 +325,13 @@ class Finished:
         if np.count_nonzero(ended) < LEFT_OUT * len(ended):
             return hypotheses, memory, state, tokens, other
         over, on = np.flatnonzero(ended), np.flatnonzero(~ended)
-        self.parts.append((self.left[over], of_images(hypotheses, over)))
-        self.left = self.left[on]
+        self.parts.append((self.going[over], of_images(hypotheses, over)))
+        self.going = self.going[on]
         return of_images((hypotheses, memory, state, tokens, other), on)
 
     def together(self, hypotheses: Hypotheses) -> Hypotheses:
         """The captions of all images in the order of the batch, given those of the images that go on."""
-        images, parts = zip(*self.parts, (self.left, hypotheses), strict=True)
+        images, parts = zip(*self.parts, (self.going, hypotheses), strict=True)
         order = np.concatenate(images).argsort()
         steps = hypotheses.words.shape[2]
         fields = zip(*parts, strict=True)
