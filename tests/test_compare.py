@@ -81,13 +81,13 @@ def test_every_kind_has_the_same_tries_and_the_best_is_trained_with_the_other_se
     monkeypatch.setattr(compare, "measure", lambda *_: dict.fromkeys(["parameters", "epochs", "entropy"], 1.0) | SCORES)
     flags = ["--learning-rates", "1e-3", "2e-3", "3e-3", "--dropouts", "0.5", "0.3", "--seeds", "4", "5"]
     assert compare.main([*options, "--kinds", "none", "dot", *flags, "--output", str(tmp_path)]) == 0
-    tries = [(seed, rate, dropout) for seed in (4,) for rate in scores for dropout in (0.5, 0.3)]
+    tries = [*((4, rate, 0.5) for rate in scores), (4, 2e-3, 0.3)]
     for kind, best in (("none", (2e-3, 0.5)), ("dot", (2e-3, 0.3))):
         of_kind = list(dict.fromkeys(run[1:] for run in trained if run[0] == kind))
         assert of_kind == [*tries, (5, *best)]
     with (tmp_path / "compare.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "dot"]
-    assert [float(row["dev score"]) for row in rows if row["dropout"] == "0.3"] == pytest.approx([30, 40, 50, 50])
+    assert [float(row["dev score"]) for row in rows if row["dropout"] == "0.3"] == pytest.approx([50, 50])
     assert {(row["seed"], row["learning_rate"], row["dropout"]) for row in rows if row["CIDEr"]} == {
         ("4", "0.002", "0.3"),
         ("5", "0.002", "0.3"),

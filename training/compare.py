@@ -2,8 +2,8 @@
 `python -m training.compare --data flickr8k=data/flickr8k --output runs/compare --seeds 0 1`.
 
 All other flags are those of `train` and apply to every kind, attention options to the kinds that have them. Several
-learning rates or values of dropout are tried with the first seed, every kind having the same number of tries; the best
-by the dev score is trained with the other seeds.
+learning rates are tried with the first seed and the first value of dropout, then the other values of dropout with the
+best learning rate: every kind has the same number of tries. The best by the dev score is trained with the other seeds.
 
 Each result goes into a table as soon as it is there. A comparison that was stopped continues when the same command is
 given again, on another machine too where the table is copied to it.
@@ -56,7 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "self_attention": {"encoder_self_attention": 2},
     "transformer": {"decoder": "transformer", "attention": MultiHeadAttention.name},
 }
-TUNED = ("learning_rate", "dropout")
+TUNED = ("learning_rate", "dropout")  # in the order in which they are tried
 RUN = ("kind", "seed", *TUNED)  # the columns that name a run
 TRIED = "dev score"  # by which the best try is chosen
 
@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each kind is trained once for each")
-    parser.add_argument("--learning-rates", nargs="+", type=float, help="peak learning rates of stage one to try")
-    parser.add_argument("--dropouts", nargs="+", type=float, help="values of dropout to try")
+    parser.add_argument("--learning-rates", nargs="+", type=float, help="peak learning rates of stage one to try first")
+    parser.add_argument("--dropouts", nargs="+", type=float, help="values of dropout to try, then")
     parser.add_argument(
         "--pictures",
         type=positive,
@@ -104,20 +104,15 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
     """Train and measure the models that are missing, then write the tables, the plot and the picture."""
     folder = Path(base.output)
     table = Table(Path(options.table or folder / "compare.csv"), base, processes)
-    tries = [
-        dict(zip(TUNED, values, strict=True))
-        for values in itertools.product(
-            options.learning_rates or [base.learning_rate], options.dropouts or [base.dropout]
-        )
-    ]
+    given = (options.learning_rates or [base.learning_rate], options.dropouts or [base.dropout])
+    tries = dict(zip(TUNED, given, strict=True))
     configs = {}
     results: dict[str, list[dict[str, float]]] = {}
     for kind in options.kinds:
-        first = [configure(base, kind, options.seeds[0], tuned) for tuned in tries]
-        best = first[0] if len(first) == 1 else max(first, key=lambda config: score_of(config, kind, table, processes))
-        configs[kind] = best
+        best = best_try(base, kind, options.seeds[0], tries, table, processes)
+        configs[kind] = configure(base, kind, options.seeds[0], best)
         for seed in options.seeds:
-            config = configure(base, kind, seed, {name: getattr(best, name) for name in TUNED})
+            config = configure(base, kind, seed, best)
             results.setdefault(kind, []).append(figures_of(config, kind, options.pictures, table, processes))
     if not processes.is_first:
         return
@@ -212,6 +207,24 @@ def configure(base: TrainConfig, kind: str, seed: int, tuned: Mapping[str, float
     config = TrainConfig(**asked)
     check(config)
     return config
+
+
+def best_try(
+    base: TrainConfig,
+    kind: str,
+    seed: int,
+    tries: Mapping[str, Sequence[float]],
+    table: Table,
+    processes: Distributed,
+) -> dict[str, float]:
+    """The best values of the options in `tries`: one option after another, those after it at their first value."""
+    best = {name: values[0] for name, values in tries.items()}
+    for name, values in tries.items():
+        if len(values) > 1:
+            configs = [configure(base, kind, seed, {**best, name: value}) for value in values]
+            scores = [score_of(config, kind, table, processes) for config in configs]
+            best[name] = values[scores.index(max(scores))]
+    return best
 
 
 def score_of(config: TrainConfig, kind: str, table: Table, processes: Distributed) -> float:
