@@ -14,7 +14,7 @@ from captioner.vocabulary import END, PAD, START, Vocabulary
 from training.data.batches import CaptionTable, EpochBatches, encode_captions, pad_captions
 from training.data.images import FeatureSource, ImageSource, augment, names_no_side
 from training.data.items import CaptionedImage
-from training.losses import caption_loss
+from training.losses import caption_loss, entropy_loss
 
 PREPROCESSING = Preprocessing(size=(32, 32))
 ITEMS = [CaptionedImage(path, ("a photo", "one more photo of it")) for path in sorted(PHOTOS.glob("*.jpg"))]
@@ -149,11 +149,36 @@ def test_the_loss_is_the_papers_equation():
     assert float(caption_loss(output, 7, 3, 0.1, 0.3)) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_shares_of_two_processes_add_up():
-    output = result_of()
-    whole = caption_loss(output, 7, 3, 0.1, 0.3)
-    parts = [
+def test_entropy_above_the_bound_is_lost_and_below_it_nothing():
+    even = torch.full((4,), 0.25)
+    narrow = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    half = torch.tensor([0.5, 0.5, 0.0, 0.0])  # half the entropy of an even map
+    none = torch.zeros(4)
+    alpha = torch.stack([torch.stack([even, half, none]), torch.stack([narrow, half, narrow]), torch.zeros(3, 4)])
+    alpha = alpha[None, :, :, None].clone().requires_grad_()
+    real = torch.tensor([[[1, 1, 0], [1, 1, 1], [0, 0, 0]]]).bool()
+    output = TeacherForced(torch.randn(5, 9), torch.zeros(5).long(), alpha, real)
+    means = [0.75, 0.5 / 3]
+    for bound in (0.1, 0.5, 0.8):
+        loss = entropy_loss(output, bound, 2, torch.tensor([3.0]))
+        assert float(loss) == pytest.approx(3 * sum(max(0, mean - bound) for mean in means) / 2, abs=1e-5)
+    entropy_loss(output, 0.1, 2, torch.tensor([3.0])).backward()
+    assert alpha.grad.isfinite().all()
+    assert (alpha.grad[0, 2] == 0).all()
+
+
+def parts_of(output):
+    return [
         TeacherForced(output.logits[:5], output.targets[:5], output.alpha[:1], output.mask[:1]),
         TeacherForced(output.logits[5:], output.targets[5:], output.alpha[1:], output.mask[1:]),
     ]
+
+
+def test_the_shares_of_two_processes_add_up():
+    output = result_of()
+    weights = torch.tensor([1.0, 2.0])
+    entropy = [entropy_loss(part, 0.3, 3, weights[i : i + 1]) for i, part in enumerate(parts_of(output))]
+    assert float(sum(entropy)) == pytest.approx(float(entropy_loss(output, 0.3, 3, weights)), rel=1e-6)
+    whole = caption_loss(output, 7, 3, 0.1, 0.3)
+    parts = parts_of(output)
     assert float(sum(caption_loss(part, 7, 3, 0.1, 0.3) for part in parts)) == pytest.approx(float(whole), rel=1e-6)

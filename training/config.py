@@ -100,6 +100,9 @@ class TrainConfig:
         "fixed views of each image, the first one the whole image and the others augmented, for which the maps below "
         "finetune_from are cached, so that an epoch computes only the tuned blocks; 0: augment anew in every epoch",
     )
+    mirror_views: bool = option(
+        False, "mirror the cached maps of views in half of the epochs (never where a caption says left or right)"
+    )
     composed: float = option(
         0.0, "pictures composed of two photographs that are added to each batch, as a share of its size; at most 0.5"
     )
@@ -134,6 +137,11 @@ class TrainConfig:
     )
     label_smoothing: float = option(0.1, "probability spread over all words in the targets")
     doubly_stochastic: float = option(0.005, "weight of the doubly stochastic attention term, lambda in the paper")
+    attention_entropy: float = option(
+        1.0,
+        "stage two: bound on the mean entropy of attention over a caption, as a share of its maximum, that makes maps "
+        "narrower; it falls from 1 to this in the first half of the epochs",
+    )
     ema_decay: float = option(
         0.998, "decay of the moving average of the weights; the averaged model is scored and saved"
     )
@@ -280,7 +288,7 @@ def check(config: TrainConfig) -> None:
     for name in ("dropout", "label_smoothing", "ema_decay"):
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(config, name)}")
-    for name in ("scheduled_sampling", "colour_change"):
+    for name in ("scheduled_sampling", "colour_change", "attention_entropy"):
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be from 0 to 1, not {getattr(config, name)}")
     if not 0 < config.sharpen < math.inf:

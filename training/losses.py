@@ -1,5 +1,7 @@
 """Training losses."""
 
+import math
+
 from torch import Tensor, nn
 
 from captioner.network.decoder import TeacherForced
@@ -37,6 +39,25 @@ def caption_loss(
     present = output.mask.any(dim=2) * weights[:, None]  # rows that are only padding have no caption
     uneven = ((1 - total).square().sum(dim=-1) * present).sum()
     return cross_entropy / max(words, 1) + doubly_stochastic * uneven / max(captions, 1)
+
+
+def entropy_loss(output: TeacherForced, bound: float, captions: float, weights: Tensor) -> Tensor:
+    """How far the entropy of attention, averaged over a caption, is above a bound. It makes maps narrower.
+
+        L = sum_captions max(0, mean_t H(alpha_t) / log(regions) - bound) / captions
+
+    Args:
+        output: the model's output for this process's share of the batch.
+        bound: as a share of the entropy of an even map.
+        captions: captions in the whole batch, over all processes.
+        weights: (images,), weight of each image's captions.
+    """
+    alpha = output.alpha[output.mask].clamp(min=1e-9)  # (words, heads, regions)
+    entropy = -(alpha * alpha.log()).sum(dim=-1).mean(dim=1) / math.log(max(alpha.shape[-1], 2))
+    of_words = entropy.new_zeros(output.mask.shape).masked_scatter(output.mask, entropy)
+    words = output.mask.sum(dim=2)  # zero for rows that are only padding
+    above = (of_words.sum(dim=2) / words.clamp(min=1) - bound).clamp(min=0) * (words > 0)
+    return (above * weights[:, None]).sum() / max(captions, 1)
 
 
 def self_critical_loss(output: TeacherForced, advantage: Tensor, captions: int) -> Tensor:

@@ -14,7 +14,7 @@ from .composed_loss import composed_loss, content_words, split_composed
 from .config import TrainConfig
 from .data.batches import Batch
 from .data.composed import Composed, add_composed, compose
-from .losses import caption_loss
+from .losses import caption_loss, entropy_loss
 from .stages import Stage
 from .state import Progress
 
@@ -140,14 +140,17 @@ class Imitation(Objective):
             inputs = replace_words(captions, first, self.share_of_own_words)
         output = self.read(self.parallel, images, captions, inputs)
         output, loss_on_composed = self.split(output, batch, batch.captions.shape[1], composed)
+        weights = batch.image_weights.to(device)
         loss = loss_on_composed + caption_loss(
             output,
             batch.word_count,
             batch.caption_count,
             self.config.label_smoothing,
             self.config.doubly_stochastic,
-            batch.image_weights.to(device),
+            weights,
         )
+        if self.entropy_bound < 1:
+            loss = loss + entropy_loss(output, self.entropy_bound, batch.caption_count, weights)
         attention = self.model.decoder.attention
         loss = loss + attention.extra_loss(output, batch.word_count, self.progress.baseline)
         if not attention.draws_regions:
@@ -158,6 +161,12 @@ class Imitation(Objective):
     def share_of_own_words(self) -> float:
         """The share of input words that are the model's own (scheduled sampling); it rises from 0 over the epochs."""
         return self.config.scheduled_sampling * self.progress.epoch / max(self.stage.epochs - 1, 1)
+
+    @property
+    def entropy_bound(self) -> float:
+        """What the entropy of attention is kept below, as a share of its maximum; see `Stage.entropy_bound`."""
+        half = max(self.stage.epochs // 2, 1)
+        return 1 - (1 - self.stage.entropy_bound) * min(self.progress.epoch / half, 1)
 
     def record(self, batch: Batch, statistic: float) -> None:
         """Update the moving average of a word's log-probability."""

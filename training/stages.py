@@ -12,7 +12,7 @@ from captioner.vocabulary import Vocabulary
 from .config import TrainConfig
 from .data.batches import encode_captions
 from .data.features import cache_folder, cached_maps
-from .data.images import BlankSource, FeatureSource, ImageSource, MapSource, Source
+from .data.images import BlankSource, FeatureSource, ImageSource, MapSource, Source, names_no_side
 from .data.items import CaptionedImage, DatasetError
 from .distributed import Distributed
 
@@ -27,6 +27,8 @@ class Stage:
     train_from: first block of the encoder that is tuned, "" for all of it, None for none.
     train, dev: give the images.
     sharpen: factor that the scores of the decoder's attention are multiplied by before the first step.
+    entropy_bound: what the mean entropy of attention over a caption is kept below, as a share of its maximum. It falls
+        from 1 to this in the first half of the epochs, so that the best model is one with narrow maps.
     self_critical: whether the objective is self-critical instead of imitation.
     captions: ids of captions that replace those of the training images; see `encode_captions`.
     """
@@ -39,6 +41,7 @@ class Stage:
     train: Source
     dev: Source
     sharpen: float = 1.0
+    entropy_bound: float = 1.0
     self_critical: bool = False
     captions: Sequence[Sequence[Sequence[int]]] | None = None
 
@@ -75,7 +78,8 @@ def plan(
             cached_maps(model.encoder, source, cache, processes, view, below=True)
             for source, view in [*views, (plain_dev, 0)]
         ]
-        photographs = frozen = (MapSource(maps[:-1]), MapSource(maps[-1:]))
+        mirror = [names_no_side(item.captions) for item in train_items] if config.mirror_views else None
+        photographs = frozen = (MapSource(maps[:-1], mirror, config.seed), MapSource(maps[-1:]))
     elif config.epochs > 0 or (config.scst_epochs > 0 and not tuned):
         train_features, dev_features = (
             cached_maps(model.encoder, source, cache, processes) for source in (plain, plain_dev)
@@ -102,6 +106,7 @@ def plan(
                 config.encoder_learning_rate,
                 config.finetune_from,
                 *photographs,
+                entropy_bound=config.attention_entropy,
             )
         )
     if config.scst_epochs > 0:
