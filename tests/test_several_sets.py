@@ -18,7 +18,7 @@ from training.losses import caption_loss
 from training.train import main
 
 STAGES = """--epochs 1 --finetune-epochs 2 --scst-epochs 1 --finetune-from features.17 --scst-encoder-learning-rate 1e-5
---scst-samples 3 --max-length 8 --views 2 --mirror-views --attention-entropy 0.8
+--scst-samples 3 --max-length 8 --views 2 --attention-entropy 0.8
 --composed 0.4 --checkpoint-every 1 --workers 0""".split()
 
 

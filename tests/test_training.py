@@ -764,20 +764,6 @@ def test_the_maps_below_the_tuned_blocks_give_the_same_annotation_vectors(root, 
             assert torch.allclose(encoder(views.load([2, 0], epoch)), exact, rtol=1e-2, atol=1e-2)
 
 
-def test_cached_maps_are_mirrored_in_half_of_the_epochs_where_captions_name_no_side():
-    view = np.arange(2 * 2 * 3 * 1, dtype=np.float16).reshape(2, 2, 3, 1)
-    maps = MapSource([view], [True, False], seed=3)
-    plain, mirrored = torch.from_numpy(view).float().permute(0, 3, 1, 2), 0
-    for epoch in range(40):
-        loaded = maps.load([1, 0], epoch)
-        assert torch.equal(loaded, maps.load([1, 0], epoch))
-        assert torch.equal(loaded[0], plain[1])
-        if not torch.equal(loaded[1], plain[0]):
-            assert torch.equal(loaded[1], plain[0].flip(2))
-            mirrored += 1
-    assert 10 < mirrored < 30
-
-
 def test_a_bound_on_entropy_makes_attention_narrower(options, tmp_path, monkeypatch):
     scores = iter(range(100))  # the last model is the best
     monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": float(next(scores)), "BLEU-4": 0.0})

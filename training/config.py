@@ -100,9 +100,6 @@ class TrainConfig:
         "fixed views of each image, the first one the whole image and the others augmented, for which the maps below "
         "finetune_from are cached, so that an epoch computes only the tuned blocks; 0: augment anew in every epoch",
     )
-    mirror_views: bool = option(
-        False, "mirror the cached maps of views in half of the epochs (never where a caption says left or right)"
-    )
     composed: float = option(
         0.0, "pictures composed of two photographs that are added to each batch, as a share of its size; at most 0.5"
     )

@@ -12,7 +12,7 @@ from captioner.vocabulary import Vocabulary
 from .config import TrainConfig
 from .data.batches import encode_captions
 from .data.features import cache_folder, cached_maps
-from .data.images import BlankSource, FeatureSource, ImageSource, MapSource, Source, names_no_side
+from .data.images import BlankSource, FeatureSource, ImageSource, MapSource, Source
 from .data.items import CaptionedImage, DatasetError
 from .distributed import Distributed
 
@@ -78,8 +78,7 @@ def plan(
             cached_maps(model.encoder, source, cache, processes, view, below=True)
             for source, view in [*views, (plain_dev, 0)]
         ]
-        mirror = [names_no_side(item.captions) for item in train_items] if config.mirror_views else None
-        photographs = frozen = (MapSource(maps[:-1], mirror, config.seed), MapSource(maps[-1:]))
+        photographs = frozen = (MapSource(maps[:-1]), MapSource(maps[-1:]))
     elif config.epochs > 0 or (config.scst_epochs > 0 and not tuned):
         train_features, dev_features = (
             cached_maps(model.encoder, source, cache, processes) for source in (plain, plain_dev)

@@ -39,23 +39,15 @@ class MapSource:
 
     Args:
         views: each (images, rows, columns, channels) float16; epochs take them in turn.
-        mirror: whether each image may be mirrored left to right; its maps are then, with probability one half in
-            each epoch. None: none is.
-        seed: of these choices, which depend only on it, the epoch and the index.
     """
 
-    def __init__(self, views: Sequence[np.ndarray], mirror: Sequence[bool] | None = None, seed: int = 0) -> None:
-        self.views, self.mirror, self.seed = views, mirror, seed
+    def __init__(self, views: Sequence[np.ndarray]) -> None:
+        self.views = views
 
     def load(self, indices: Sequence[int], epoch: int) -> Tensor:
         """Maps of the epoch's view in float32, (batch, channels, rows, columns), channels last in memory."""
-        maps = torch.from_numpy(self.views[epoch % len(self.views)][list(indices)]).float()
-        if self.mirror is not None:
-            mirrored = [
-                self.mirror[index] and random.Random(f"{self.seed} {epoch} {index}").random() < 0.5 for index in indices
-            ]
-            maps[mirrored] = maps[mirrored].flip(2)
-        return maps.permute(0, 3, 1, 2)
+        maps = self.views[epoch % len(self.views)]
+        return torch.from_numpy(maps[list(indices)]).float().permute(0, 3, 1, 2)
 
 
 class BlankSource:
