@@ -2,6 +2,7 @@
 
 import csv
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,7 +100,10 @@ def test_a_table_from_another_machine_is_not_trained_again(options, tmp_path, ca
     assert compare.main([*flags, "--output", str(tmp_path / "here")]) == 0
     table = capsys.readouterr().out
     monkeypatch.setattr(compare, "train", lambda *_: pytest.fail("trained again"))
-    assert compare.main([*flags, "--output", str(tmp_path / "there")]) == 0
+    weights = tmp_path / "elsewhere.safetensors"
+    weights.write_bytes(Path(options[options.index("--encoder-weights") + 1]).read_bytes())
+    elsewhere = ["--encoder-weights", str(weights), "--output", str(tmp_path / "there")]
+    assert compare.main([*flags, *elsewhere]) == 0
     out, messages = capsys.readouterr()
     assert out == table
     assert "there is no model of dot, none" in messages

@@ -189,11 +189,16 @@ class Table:
 
 
 def digest_of_options(base: TrainConfig) -> str:
-    """A digest of the options of all runs, as far as they are not the defaults; without what differs between runs."""
+    """A digest of the options of all runs, as far as they are not the defaults; without what differs between runs.
+
+    A file with the encoder's weights counts by its content, as it may be elsewhere on another machine.
+    """
     ignored = {*FREE_OPTIONS, *TUNED, "seed", "export"}
     defaults = options_for_resuming(TrainConfig())
     options = options_for_resuming(base)
     given = {name: value for name, value in options.items() if name not in ignored and value != defaults[name]}
+    if Path(base.encoder_weights).is_file():
+        given["encoder_weights"] = hashlib.sha256(Path(base.encoder_weights).read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
 
 
