@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each kind is trained once for each")
     parser.add_argument("--learning-rates", nargs="+", type=float, help="peak learning rates of stage one to try first")
-    parser.add_argument("--dropouts", nargs="+", type=float, help="values of dropout to try, then")
+    parser.add_argument("--dropouts", nargs="+", type=float, help="values of dropout to try with the best rate")
     parser.add_argument(
         "--pictures",
         type=positive,
@@ -110,10 +110,9 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
     results: dict[str, list[dict[str, float]]] = {}
     for kind in options.kinds:
         best = best_try(base, kind, options.seeds[0], tries, table, processes)
-        configs[kind] = configure(base, kind, options.seeds[0], best)
-        for seed in options.seeds:
-            config = configure(base, kind, seed, best)
-            results.setdefault(kind, []).append(figures_of(config, kind, options.pictures, table, processes))
+        runs = [configure(base, kind, seed, best) for seed in options.seeds]
+        results[kind] = [figures_of(config, kind, options.pictures, table, processes) for config in runs]
+        configs[kind] = runs[0]
     if not processes.is_first:
         return
     rows = [summary(kind, of_kind) for kind, of_kind in results.items()]
@@ -198,7 +197,8 @@ def digest_of_options(base: TrainConfig) -> str:
     options = options_for_resuming(base)
     given = {name: value for name, value in options.items() if name not in ignored and value != defaults[name]}
     if Path(base.encoder_weights).is_file():
-        given["encoder_weights"] = hashlib.sha256(Path(base.encoder_weights).read_bytes()).hexdigest()
+        with Path(base.encoder_weights).open("rb") as file:
+            given["encoder_weights"] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor, nn
 
+from captioner.network.attention import map_entropy
 from captioner.network.decoder import TeacherForced
 from captioner.vocabulary import PAD, START, UNKNOWN
 
@@ -52,11 +53,9 @@ def entropy_loss(output: TeacherForced, bound: float, captions: float, weights: 
         captions: captions in the whole batch, over all processes.
         weights: (images,), weight of each image's captions.
     """
-    alpha = output.alpha[output.mask].clamp(min=1e-9)  # (words, heads, regions)
-    entropy = -(alpha * alpha.log()).sum(dim=-1).mean(dim=1) / math.log(max(alpha.shape[-1], 2))
-    of_words = entropy.new_zeros(output.mask.shape).masked_scatter(output.mask, entropy)
-    words = output.mask.sum(dim=2)  # zero for rows that are only padding
-    above = (of_words.sum(dim=2) / words.clamp(min=1) - bound).clamp(min=0) * (words > 0)
+    words = output.mask.sum(dim=2).clamp(min=1)
+    mean = map_entropy(output.alpha).mean(dim=3).sum(dim=2) / words  # over the heads and the words: (images, rows)
+    above = (mean / math.log(max(output.alpha.shape[-1], 2)) - bound).clamp(min=0)
     return (above * weights[:, None]).sum() / max(captions, 1)
 
 

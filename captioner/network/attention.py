@@ -156,6 +156,11 @@ def masked_scores(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores if mask is None else scores.masked_fill(~mask[:, None, :], float("-inf"))
 
 
+def map_entropy(alpha: Tensor) -> Tensor:
+    """Entropy of maps in nats, (..., regions) -> (...); zero where there is no map, only zeros."""
+    return -torch.special.xlogy(alpha, alpha.clamp(min=1e-30)).sum(dim=-1)
+
+
 @register
 class NoAttention(Attention):
     """alpha_i = 1 / L: every word sees the mean annotation vector. The baseline that shows what attention adds."""
@@ -347,8 +352,7 @@ class HardAttention(AdditiveAttention):
             advantage = (output.log_probabilities().detach() - baseline) * output.mask
             to_come = advantage.flip(2).cumsum(dim=2).flip(2)
         chosen = (to_come * output.choice_log_probability).sum()
-        entropy = -torch.special.xlogy(output.alpha, output.alpha.clamp(min=1e-30)).sum()
-        return -(self.reinforce * chosen + self.entropy * entropy) / max(words, 1)
+        return -(self.reinforce * chosen + self.entropy * map_entropy(output.alpha).sum()) / max(words, 1)
 
 
 @register
