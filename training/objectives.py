@@ -165,8 +165,9 @@ class Imitation(Objective):
     @property
     def entropy_bound(self) -> float:
         """What the entropy of attention is kept below, as a share of its maximum; see `Stage.entropy_bound`."""
-        half = max(self.stage.epochs // 2, 1)
-        return 1 - (1 - self.stage.entropy_bound) * min(self.progress.epoch / half, 1)
+        half = self.stage.epochs // 2
+        fallen = min(self.progress.epoch / half, 1) if half else 1
+        return 1 - (1 - self.stage.entropy_bound) * fallen
 
     def record(self, batch: Batch, statistic: float) -> None:
         """Update the moving average of a word's log-probability."""
