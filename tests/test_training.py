@@ -48,7 +48,7 @@ TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 PROJECT = Path(__file__).parents[1]
 STAGES = """--epochs 2 --finetune-epochs 2 --finetune-from features.17 --scst-epochs 2 --scst-encoder-learning-rate 1e-5
---scst-samples 3 --scst-search sample --sharpen 2 --max-length 8 --checkpoint-every 1""".split()
+--scst-samples 3 --scst-search sample --scst-share 0.6 --sharpen 2 --max-length 8 --checkpoint-every 1""".split()
 
 
 @pytest.fixture(scope="module")
@@ -409,6 +409,20 @@ def test_the_self_critical_stage_begins_with_sharper_attention(options, whole, t
     for name, tensor in before.items():
         factor = 3 if name == "decoder.attention.v.weight" else 1
         assert torch.equal(factor * tensor, after[name]), name
+
+
+def test_a_share_of_the_weights_before_the_self_critical_stage_is_kept(options, whole, tmp_path, monkeypatch):
+    flags = ["--start-from", str(whole), "--epochs", "0", "--finetune-epochs", "0", "--scst-epochs", "1"]
+    scores = iter([0.1, 0.9] * 2)  # the second model of each run is the best
+    monkeypatch.setattr(validation, "quick_scores", lambda *_: {"CIDEr": next(scores), "BLEU-4": 0.0})
+    after = {}
+    for share in ("1", "0.25"):
+        assert main([*options, *flags, "--scst-share", share, "--output", str(tmp_path / share)]) == 0
+        after[share] = load_checkpoint(tmp_path / share).model.state_dict()
+    before = load_checkpoint(whole).model.state_dict()
+    assert not torch.equal(after["1"]["decoder.embedding.weight"], before["decoder.embedding.weight"])
+    for name, weights in after["0.25"].items():
+        assert torch.allclose(weights, before[name] + 0.25 * (after["1"][name] - before[name]), atol=1e-6), name
 
 
 @pytest.mark.parametrize(("sharpen", "kept"), [("1", ("frozen encoder", 1)), ("2", ("self-critical", 1))])

@@ -109,6 +109,10 @@ class TrainConfig:
     scst_epochs: int = option(0, "stage three: epochs of self-critical training on CIDEr-D")
     scst_learning_rate: float = option(1e-4, "stage three: peak learning rate of the decoder")
     scst_encoder_learning_rate: float = option(0.0, "stage three: peak learning rate of the encoder; 0: frozen")
+    scst_share: float = option(
+        1.0,
+        "share of stage three's weights in the model that is scored and saved; the rest are those before that stage",
+    )
     sharpen: float = option(
         1.0,
         "stage three begins by multiplying attention's scores by this; above 1, maps become narrower, and the best "
@@ -290,6 +294,8 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"{name} must be from 0 to 1, not {getattr(config, name)}")
     if not 0 < config.sharpen < math.inf:
         raise ValueError(f"sharpen must be above 0 and finite, not {config.sharpen}")
+    if not 0 < config.scst_share <= 1:
+        raise ValueError(f"scst_share must be above 0 and at most 1, not {config.scst_share}")
     if not 0 <= config.composed <= 0.5:
         raise ValueError(f"composed must be from 0 to 0.5, not {config.composed}")
     if config.views and not config.finetune_from:

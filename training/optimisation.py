@@ -1,5 +1,6 @@
-"""The optimiser of a stage, its learning rate over the steps, and the moving average of the weights."""
+"""The optimiser of a stage, its learning rate over the steps, and the averages of the weights."""
 
+import copy
 import math
 
 import torch
@@ -47,3 +48,19 @@ def build_average(model: nn.Module, decay: float) -> AveragedModel:
         return torch.lerp(current, mean, min(decay, (1 + int(updates)) / (10 + int(updates))))
 
     return AveragedModel(model, avg_fn=average)
+
+
+def interpolate(start: ShowAttendTell, end: ShowAttendTell, share: float) -> ShowAttendTell:
+    """A model on the line between two others, at `share` of the way.
+
+    After fine-tuning with another objective the best model is often not at the end of this line (Wortsman et al. 2022,
+    "Robust fine-tuning of zero-shot models").
+    """
+    model, first = copy.deepcopy(end), start.state_dict()
+    model.load_state_dict(
+        {
+            name: torch.lerp(first[name], last, share) if last.is_floating_point() else last
+            for name, last in end.state_dict().items()
+        }
+    )
+    return model

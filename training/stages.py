@@ -27,6 +27,7 @@ class Stage:
     train_from: first block of the encoder that is tuned, "" for all of it, None for none.
     train, dev: give the images.
     sharpen: factor that the scores of the decoder's attention are multiplied by before the first step.
+    share: share of this stage's weights in the model that is scored and saved; the rest are those before the stage.
     entropy_bound: what the mean entropy of attention over a caption is kept below, as a share of its maximum. It falls
         from 1 to this in the first half of the epochs, so that the best model is one with narrow maps.
     self_critical: whether the objective is self-critical instead of imitation.
@@ -41,6 +42,7 @@ class Stage:
     train: Source
     dev: Source
     sharpen: float = 1.0
+    share: float = 1.0
     entropy_bound: float = 1.0
     self_critical: bool = False
     captions: Sequence[Sequence[Sequence[int]]] | None = None
@@ -120,6 +122,7 @@ def plan(
                 train,
                 dev,
                 sharpen=config.sharpen,
+                share=config.scst_share,
                 self_critical=True,
             )
         )

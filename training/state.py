@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -121,16 +122,22 @@ class StateWriter:
     def __exit__(self, *_: object) -> None:
         self.thread.shutdown()
 
-    def save(self, progress: Progress, model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    def save(self, progress: Progress, modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer) -> None:
         """Begin to write the state, after an earlier one has been written.
+
+        Args:
+            progress: of the run.
+            modules: by name; "model" is the one that is trained.
+            optimiser: of its parameters.
 
         Raises:
             OSError: the earlier one could not be written; the state before it is kept.
         """
         self.wait()
-        tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors |= {f"average/{name}": tensor for name, tensor in average.state_dict().items()}
-        names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+        tensors = {
+            f"{part}/{name}": tensor for part, module in modules.items() for name, tensor in module.state_dict().items()
+        }
+        names: dict[Any, str] = {parameter: name for name, parameter in modules["model"].named_parameters()}
         for parameter, state in optimiser.state.items():
             tensors |= {f"optimiser/{key}/{names[parameter]}": tensor for key, tensor in state.items()}
         copies = {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in tensors.items()}
@@ -185,16 +192,16 @@ def load_state(config: TrainConfig) -> tuple[Progress, dict[str, Tensor] | None]
 
 
 def restore_tensors(
-    tensors: dict[str, Tensor], model: nn.Module, average: nn.Module, optimiser: torch.optim.Optimizer
+    tensors: dict[str, Tensor], modules: Mapping[str, nn.Module], optimiser: torch.optim.Optimizer
 ) -> None:
-    """Copy the tensors from `load_state` into the model, its average and the optimiser."""
+    """Copy the tensors from `load_state` into the modules and the optimiser; see `StateWriter.save`."""
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
-    model.load_state_dict(part("model/"))
-    average.load_state_dict(part("average/"))
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    for name, module in modules.items():
+        module.load_state_dict(part(f"{name}/"))
+    names = {parameter: name for name, parameter in modules["model"].named_parameters()}
     order = [names[parameter] for group in optimiser.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in part("optimiser/").items():

@@ -1,5 +1,6 @@
 """The training loop: stages, epochs and steps, resumable at any step, on one process or many."""
 
+import copy
 import logging
 import math
 import time
@@ -28,7 +29,7 @@ from .distributed import Distributed
 from .history import History
 from .interruption import Interrupted, StopRequest
 from .objectives import Imitation, Objective
-from .optimisation import build_average, build_optimiser, set_learning_rate
+from .optimisation import build_average, build_optimiser, interpolate, set_learning_rate
 from .self_critical import SelfCritical
 from .stages import Stage
 from .state import Progress, StateWriter, TrainingError, load_state, remove_leftovers, restore_tensors
@@ -52,6 +53,7 @@ class Trainer:
     objective: Objective
     optimiser: torch.optim.Optimizer
     average: AveragedModel
+    modules: dict[str, nn.Module]  # whose weights belong to the state
 
     def __init__(
         self,
@@ -180,12 +182,16 @@ class Trainer:
     def validate(self, stage: Stage, name: str) -> None:
         """Score the averaged weights on the dev images, record the scores, save the model if it is the best so far.
 
+        Where the stage has a share below 1, it is the model between the one before the stage and the average.
+
         A run that starts from a trained model begins with a row "start" for that model (epoch 0), so that the best
         model of the run is never worse. Of models with equal scores the one with the higher BLEU-4 is kept, then the
         earliest: on a few dev images with the same words CIDEr is always 0.
         """
         progress, config = self.progress, self.config
         model = cast(ShowAttendTell, self.average.module)
+        if stage.share < 1:
+            model = interpolate(cast(ShowAttendTell, self.modules["start"]), model, stage.share)
         scores = self.validation.scores(model, stage.dev)
         row = progress.row(name, scores, len(self.train_items), stage.self_critical)
         progress.history.append(row)
@@ -214,8 +220,11 @@ class Trainer:
         self.model.encoder.train_from(stage.train_from)
         self.average = build_average(self.model, self.config.ema_decay)
         self.optimiser = build_optimiser(self.model, stage, self.config.weight_decay)
+        self.modules = {"model": self.model, "average": self.average}
+        if stage.share < 1:
+            self.modules["start"] = copy.deepcopy(self.model)
         if tensors is not None:
-            restore_tensors(tensors, self.model, self.average, self.optimiser)
+            restore_tensors(tensors, self.modules, self.optimiser)
         parallel: nn.Module = self.model
         if self.distributed.size > 1:
             parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
@@ -239,7 +248,7 @@ class Trainer:
     def save(self, wait: bool = True) -> None:
         """Save the state, from the first process. Without `wait` training goes on while it is written."""
         if self.distributed.is_first:
-            self.state.save(self.progress, self.model, self.average, self.optimiser)
+            self.state.save(self.progress, self.modules, self.optimiser)
             if wait:
                 self.state.wait()
 
