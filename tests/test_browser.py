@@ -662,7 +662,7 @@ def test_the_pictures_of_the_readmes_show_a_caption_that_is_right(browser, tmp_p
     folder = Path(SCREENSHOTS or tmp_path)
     model = Captioner.from_pretrained()
     caption = model.caption(PHOTOS / "cat.jpg")
-    assert str(caption) == "a gray cat is looking at the camera"
+    assert str(caption) == "a close up of a cat looking at the camera"
     caption.figure(columns=4).save(folder / "attention.jpg", quality=85, optimize=True)
     with run_app({"base": model}) as address:
         page = browser.new_page(viewport={"width": 1280, "height": 900})

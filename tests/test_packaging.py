@@ -111,7 +111,7 @@ for command in commands:
 
 def test_the_installed_command_captions_a_photo(installed):
     caption = run(installed, installed / "bin" / "captioner", PHOTOS / "cat.jpg")
-    assert caption == "a gray cat is looking at the camera\n"
+    assert caption == "a close up of a cat looking at the camera\n"
 
 
 def test_the_package_captions_and_draws_in_an_environment_without_torch(wheel, tmp_path):
@@ -137,11 +137,11 @@ except ImportError as error:
     print(error)
 """
     found = run(tmp_path / "none", programs / "python", "-c", script).splitlines()
-    assert found[:3] == ["a gray cat is looking at the camera", "9", "('a', 'cat')"]
+    assert found[:3] == ["a close up of a cat looking at the camera", "10", "('a', 'cat')"]
     assert "pip install 'captioner[torch]'" in found[3]
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"cat.png", "figure.png"}
     caption = run(tmp_path / "none", programs / "captioner", PHOTOS / "cat.jpg", "--heatmaps", "maps")
-    assert caption == "a gray cat is looking at the camera\n"
+    assert caption == "a close up of a cat looking at the camera\n"
     assert (tmp_path / "elsewhere" / "maps" / "cat.jpg.png").is_file()
     done = subprocess.run([programs / "captioner-train", "--help"], capture_output=True, text=True)
     assert done.returncode == 1
