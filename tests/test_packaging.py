@@ -137,7 +137,7 @@ except ImportError as error:
     print(error)
 """
     found = run(tmp_path / "none", programs / "python", "-c", script).splitlines()
-    assert found[:3] == ["a close up of a cat looking at the camera", "10", "('a', 'cat')"]
+    assert found[:3] == ["a close up of a cat looking at the camera", "11", "('a', 'cat')"]
     assert "pip install 'captioner[torch]'" in found[3]
     assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == {"cat.png", "figure.png"}
     caption = run(tmp_path / "none", programs / "captioner", PHOTOS / "cat.jpg", "--heatmaps", "maps")
