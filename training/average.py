@@ -9,12 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from captioner.api import find_model
 from captioner.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 
 from . import command
+from .optimisation import mean_weights
 
 
 def average(models: Sequence[Checkpoint]) -> Checkpoint:
@@ -30,11 +29,7 @@ def average(models: Sequence[Checkpoint]) -> Checkpoint:
         if other.model.config != first.model.config or other.vocabulary != first.vocabulary:
             raise ValueError("models can be averaged where they have the same sizes, the same grid and the same words")
     states = [checkpoint.model.state_dict() for checkpoint in models]
-    mean = {
-        name: torch.stack([state[name] for state in states]).mean(dim=0) if tensor.is_floating_point() else tensor
-        for name, tensor in states[0].items()
-    }
-    first.model.load_state_dict(mean)
+    first.model.load_state_dict(mean_weights(states, [1 / len(states)] * len(states)))
     about = {"mean of": [checkpoint.about for checkpoint in models]}
     return Checkpoint(first.model, first.vocabulary, first.preprocessing, about, first.graphs)
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +57,16 @@ def interpolate(start: ShowAttendTell, end: ShowAttendTell, share: float) -> Sho
     After fine-tuning with another objective the best model is often not at the end of this line (Wortsman et al. 2022,
     "Robust fine-tuning of zero-shot models").
     """
-    model, first = copy.deepcopy(end), start.state_dict()
-    model.load_state_dict(
-        {
-            name: torch.lerp(first[name], last, share) if last.is_floating_point() else last
-            for name, last in end.state_dict().items()
-        }
-    )
+    model = copy.deepcopy(end)
+    model.load_state_dict(mean_weights([end.state_dict(), start.state_dict()], [share, 1 - share]))
     return model
+
+
+def mean_weights(states: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> dict[str, Tensor]:
+    """The mean of the weights of models, each with its share (they sum to 1). Integer buffers are the first model's."""
+    return {
+        name: torch.stack([share * state[name] for share, state in zip(shares, states, strict=True)]).sum(dim=0)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in states[0].items()
+    }
