@@ -58,7 +58,7 @@ def measure_demo(subject: Subject) -> list[Figure]:
         raise Skipped("the demo needs Gradio: pip install 'captioner[app]'")
     subject.on_onnx  # noqa: B018  # as above
     limit = subject.least_seconds(subject.paths[:1])
-    imports = seconds(lambda: run("-c", f"{IMPORTS}, gradio"), 1)
+    imports = seconds(lambda: run("-c", f"{IMPORTS}, gradio"), subject.repeats)
     started = float(run("-m", f"{DEMO}.benchmark", "--start", "--model", subject.model))
     return [Figure("seconds: the demo's start to its first caption answered", started, None, imports + limit)]
 
