@@ -117,8 +117,11 @@ def test_a_table_from_another_machine_is_not_trained_again(options, tmp_path, ca
 def test_maps_are_measured_where_asked_for(options, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pointing, "THINGS", {colour: frozenset({colour}) for colour in tiny.COLOURS})
     monkeypatch.setattr(truth, "NOUNS", frozenset({*tiny.COLOURS, "circle"}))
-    flags = [*options, "--epochs", "12", "--kinds", "additive", "--output", str(tmp_path), "--pictures", "6"]
+    flags = [*options, "--epochs", "12", "--kinds", "additive", "--output", str(tmp_path)]
     assert compare.main(flags) == 0
+    assert "maps" not in capsys.readouterr().out
+    monkeypatch.setattr(compare, "measure", lambda *_: pytest.fail("measured again"))
+    assert compare.main([*flags, "--pictures", "6"]) == 0
     with (tmp_path / "compare.csv").open() as file:
         (row,) = csv.DictReader(file)
     values = {name: float(row[name]) for name in comparison.MAPS}

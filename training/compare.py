@@ -21,7 +21,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,35 +245,30 @@ def score_of(config: TrainConfig, kind: str, table: Table, processes: Distribute
 def figures_of(
     config: TrainConfig, kind: str, pictures: int | None, table: Table, processes: Distributed
 ) -> dict[str, float]:
-    """All figures of a run, which is trained and measured first if they are not in the table."""
-    wanted = ("CIDEr", *(MAPS if pictures else ()))
-    known = {"learning_rate": config.learning_rate, "dropout": config.dropout}
+    """All figures of a run, which is trained and measured first as far as they are not in the table."""
+    tuned = {"learning_rate": config.learning_rate, "dropout": config.dropout}
     score_of(config, kind, table, processes)
-    if any(name not in table.find(config, kind) for name in wanted):
-        if not Path(config.output, MODEL_FILE).exists():
-            train(config, processes)  # on this machine it has not been
-        found = processes.agree(measure(config, pictures) if processes.is_first else None)
-        table.add(config, kind, {**table.find(config, kind), **found})
-    return {**known, **table.find(config, kind)}
+    measures: dict[str, Callable[[], dict[str, float]]] = {"CIDEr": lambda: measure(config)}
+    if pictures:
+        measures[MAPS[0]] = lambda: measure_maps(config, pictures)
+    for name, action in measures.items():
+        if name not in table.find(config, kind):
+            if not Path(config.output, MODEL_FILE).exists():
+                train(config, processes)  # on this machine it has not been
+            found = processes.agree(action() if processes.is_first else None)
+            table.add(config, kind, {**table.find(config, kind), **found})
+    return {**tuned, **table.find(config, kind)}
 
 
-def measure(config: TrainConfig, pictures: int | None = None) -> dict[str, float]:
-    """The scores of a trained model on the dev images (beam size 5), its size, the time of an epoch, and its maps.
+def measure(config: TrainConfig) -> dict[str, float]:
+    """The scores of a trained model on the dev images (beam size 5), its size, and the time of an epoch.
 
-    Scores and what is measured of the maps are means over the data sets that have dev images; where there are several,
-    the scores on each of them follow as "NAME CIDEr".
-
-    Args:
-        config: of the run.
-        pictures: how many to measure maps on, of each data set; None for none.
+    Scores are means over the data sets that have dev images; where there are several, those on each of them follow as
+    "NAME CIDEr".
     """
     captioner = Captioner.from_pretrained(config.output, config.device, engine="torch")
-    dev = {
-        dataset.name: dataset.splits["dev"]
-        for dataset in read_sources(config.data, config.cache)
-        if dataset.splits["dev"]
-    }
-    evaluations = {name: evaluate(captioner, items, beam_size=5) for name, items in dev.items()}
+    sets = dev_images(config)
+    evaluations = {name: evaluate(captioner, items, beam_size=5) for name, items in sets.items()}
     left_out = {metric: why for one in evaluations.values() for metric, why in one.scores.left_out.items()}
     for metric, why in left_out.items():
         if metric in (*SCORES, "tokenizer"):
@@ -288,7 +283,7 @@ def measure(config: TrainConfig, pictures: int | None = None) -> dict[str, float
     parameters = sum(
         weights.numel() for name, weights in captioner.model.named_parameters() if not name.startswith("encoder.")
     )
-    figures = {
+    return {
         "parameters": parameters,
         "epochs": len(seconds),
         "seconds an epoch": statistics.median(seconds),
@@ -296,22 +291,33 @@ def measure(config: TrainConfig, pictures: int | None = None) -> dict[str, float
         "entropy": statistics.mean(one.figures["attention entropy"] for one in evaluations.values()),
         **(each if len(of_sets) > 1 else {}),
     }
-    if pictures:
-        default = Captioner.from_pretrained(config.output, config.device)
-        figures |= mean_of_each([measure_maps(default, captioner.model, items, pictures) for items in dev.values()])
-    return figures
 
 
-def measure_maps(
-    captioner: Captioner, network: ShowAttendTell, items: Sequence[CaptionedImage], pictures: int
+def measure_maps(config: TrainConfig, pictures: int) -> dict[str, float]:
+    """What `training.pointing` and `training.truth` measure of a trained model, under the names of `MAPS`.
+
+    The figures are means over the data sets that have dev images.
+
+    Args:
+        config: of the run.
+        pictures: how many of each data set to measure on.
+    """
+    captioner = Captioner.from_pretrained(config.output, config.device)
+    network = Captioner.from_pretrained(config.output, config.device, engine="torch").model
+    sets = dev_images(config).values()
+    return mean_of_each([measure_maps_on(items, captioner, network, pictures) for items in sets])
+
+
+def measure_maps_on(
+    items: Sequence[CaptionedImage], captioner: Captioner, network: ShowAttendTell, pictures: int
 ) -> dict[str, float]:
-    """What `training.pointing` and `training.truth` measure, under the names of `MAPS`; NaN where there is no word.
+    """The figures of `MAPS`; NaN where there is no word.
 
     Deletion and insertion are those of the largest regions first, less a random map's.
 
     Args:
-        captioner, network: see `check_truth`.
         items: photographs of one data set.
+        captioner, network: see `check_truth`.
         pictures: how many of them, and how many pairs, to measure on.
     """
     figures = dict.fromkeys(MAPS, math.nan)
@@ -328,6 +334,12 @@ def measure_maps(
     for name in ("evidence", "input gradient"):
         figures[f"attention, {name}"] = truth.correlations[f"attention, {name}"][0]
     return figures
+
+
+def dev_images(config: TrainConfig) -> dict[str, tuple[CaptionedImage, ...]]:
+    """The dev images of each data set that has some."""
+    sets = read_sources(config.data, config.cache)
+    return {dataset.name: dataset.splits["dev"] for dataset in sets if dataset.splits["dev"]}
 
 
 def photo_of(word: str, config: TrainConfig) -> Path | bytes:
