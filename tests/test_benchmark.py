@@ -177,8 +177,7 @@ def test_a_cold_command_is_measured_over_its_imports(packaged):
 def test_the_demo_is_measured_from_its_start_to_its_first_caption(packaged):
     pytest.importorskip("gradio")
     (figure,) = processes.measure_demo(packaged)
-    assert figure.value > 0
-    assert figure.limit > packaged.least_seconds(packaged.paths[:1])  # the imports are added
+    assert figure.value > figure.limit > 0
 
 
 def test_a_program_that_fails_is_a_reason():
