@@ -18,7 +18,7 @@ from conftest import PHOTOS, run_app, small_model
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-import captioner
+from app.server import SAMPLES
 from captioner import Captioner
 from captioner.checkpoint import Checkpoint
 from captioner.explain import explain
@@ -28,7 +28,6 @@ from captioner.vocabulary import Vocabulary
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync".split()
 PHOTO = PHOTOS / "photographer.jpg"
-SAMPLES = Path(captioner.__file__).parent / "web" / "samples"
 SCREENSHOTS = os.environ.get("CAPTIONER_SCREENSHOTS")  # folder for the pictures of the READMEs: .readme
 
 expect.set_options(timeout=20_000)  # slow machines are no failures

@@ -252,11 +252,12 @@ def figures_of(
     if pictures:
         measures[MAPS[0]] = lambda: measure_maps(config, pictures)
     for name, action in measures.items():
-        if name not in table.find(config, kind):
-            if not Path(config.output, MODEL_FILE).exists():
-                train(config, processes)  # on this machine it has not been
-            found = processes.agree(action() if processes.is_first else None)
-            table.add(config, kind, {**table.find(config, kind), **found})
+        if name in table.find(config, kind):
+            continue
+        if not Path(config.output, MODEL_FILE).exists():
+            train(config, processes)  # on this machine it has not been
+        found = processes.agree(action() if processes.is_first else None)
+        table.add(config, kind, {**table.find(config, kind), **found})
     return {**tuned, **table.find(config, kind)}
 
 
@@ -344,7 +345,7 @@ def dev_images(config: TrainConfig) -> dict[str, tuple[CaptionedImage, ...]]:
 
 def photo_of(word: str, config: TrainConfig) -> Path | bytes:
     """The dev image with the word in most of its captions."""
-    items = [item for dataset in read_sources(config.data, config.cache) for item in dataset.splits["dev"]]
+    items = itertools.chain(*dev_images(config).values())
 
     def mentions(item: CaptionedImage) -> int:
         return sum(word in caption.lower().split() for caption in item.captions)
