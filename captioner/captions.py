@@ -128,6 +128,10 @@ class Caption:
             raise IndexError(f"there is no head {head}; this model has {self.heads}, counted from 0")
         return self.attention if self.head_attention is None else self.head_attention[:, head]
 
+    def covered(self, photo: Image.Image) -> Image.Image:
+        """The photograph as pictures of the maps show it: regions that attention could not use are under grey."""
+        return photo if self.mask is None else heatmap.cover(photo, self.mask, self.displacement)
+
     def heatmap(
         self,
         word: str | int,
@@ -156,7 +160,7 @@ class Caption:
         """
         maps, index = self.maps(head, of), self.index(word)
         top = heatmap.scale_tops(maps, scale)[index]
-        photo = self.image if image is None else load_image(image)
+        photo = self.covered(self.image if image is None else load_image(image))
         return heatmap.overlay(photo, maps[index], displacement=self.displacement, largest=top, **options)
 
     def figure(
@@ -169,7 +173,8 @@ class Caption:
             options: see `captioner.heatmap.figure`.
         """
         maps, place = self.maps(head, of), self.displacement
-        return heatmap.figure(self.image, self.words, maps, scale=scale, of=of, displacement=place, **options)
+        photo = self.covered(self.image)
+        return heatmap.figure(photo, self.words, maps, scale=scale, of=of, displacement=place, **options)
 
     def animation(
         self, head: int | None = None, scale: str = "caption", of: str = "attention", **options: Any
@@ -181,7 +186,8 @@ class Caption:
             options: see `captioner.heatmap.animation`.
         """
         maps, place = self.maps(head, of), self.displacement
-        return heatmap.animation(self.image, self.words, maps, scale=scale, of=of, displacement=place, **options)
+        photo = self.covered(self.image)
+        return heatmap.animation(photo, self.words, maps, scale=scale, of=of, displacement=place, **options)
 
     def to_dict(self, attention: bool = False) -> dict[str, Any]:
         """Plain data, ready for JSON.

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -96,10 +97,13 @@ def export(arguments: Sequence[str] | None = None) -> int:
             from captioner.web import read_runtime, write_page
 
             write_page(file, Path(options.web), read_runtime(options.onnxruntime_web and Path(options.onnxruntime_web)))
+            server = shlex.join(["python3", "-m", "http.server", "--directory", options.web])
+            print(f"wrote {options.web}; to try it, run `{server}` and open http://localhost:8000")
         else:
             from captioner.network.export import export_file
 
             export_file(file)
+            print(f"wrote the graphs into {file}")
     except (CheckpointError, ImportError, OSError, ValueError) as error:
         report(f"captioner-export: {error}")
         return 2

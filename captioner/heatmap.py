@@ -21,6 +21,7 @@ ANCHORS = {
 
 
 GREY = "#707070"  # of small text; readable on white
+COVER = "#808080"  # over regions that were hidden from attention
 
 # One scale for all words of a caption shows which words have concentrated and which have even attention. A scale for
 # each word shows the details of a weak map, but an almost even map as brightly as a concentrated one.
@@ -95,6 +96,37 @@ def upsample(
     smooth = np.asarray(grid.resize(size, Image.Resampling.BICUBIC, box))
     # Interpolation may change the peak; it still stands for the largest weight.
     return (smooth / smooth.max() * (weights.max() / (largest or weights.max()))).clip(0, 1)
+
+
+def cell_edges(count: int, side: int, displacement: float) -> np.ndarray:
+    """Where the cells of a row or column of regions begin and end, in pixels, (count + 1,).
+
+    Cells lie up and left by the displacement, the last one as far as the photograph's edge.
+
+    Args:
+        count: regions in the row or column.
+        side: the photograph's width or height in pixels.
+        displacement: along it; see `upsample`.
+    """
+    edges = (np.arange(count + 1) / count - displacement).clip(0, 1) * side
+    edges[-1] = side
+    return edges
+
+
+def cover(image: Image.Image, usable: np.ndarray, displacement: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
+    """The image with the regions that attention could not use under grey.
+
+    Args:
+        image: the photograph, RGB.
+        usable: Boolean (rows, columns), False for the regions to cover.
+        displacement: see `upsample`.
+    """
+    covered = image.copy()
+    down = cell_edges(usable.shape[0], image.height, displacement[0]).round().astype(int).tolist()
+    right = cell_edges(usable.shape[1], image.width, displacement[1]).round().astype(int).tolist()
+    for row, column in np.argwhere(~usable):
+        covered.paste(COVER, (right[column], down[row], right[column + 1], down[row + 1]))
+    return covered
 
 
 def scale_tops(attention: np.ndarray, scale: str) -> np.ndarray:

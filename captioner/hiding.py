@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from captioner.arrays import Array, moved, to_numpy
+from captioner.heatmap import cell_edges
 from captioner.options import Regions, check_option
 from captioner.search import follow
 
@@ -139,7 +140,7 @@ def covered_by(
 ) -> np.ndarray:
     """The regions whose cells a box covers by at least half, Boolean (rows, columns).
 
-    Cells lie where heatmaps show them: up and left by the displacement, the last ones as far as the photograph's edge.
+    Cells lie where heatmaps show them; see `captioner.heatmap.cell_edges`.
     A box that covers no cell by half stands for the cell of which it covers most.
 
     Args:
@@ -155,8 +156,7 @@ def covered_by(
         (top, height, size[1], grid[0], displacement[0]),
         (left, width, size[0], grid[1], displacement[1]),
     ):
-        edges = (np.arange(count + 1) / count - shift).clip(0, 1) * side
-        edges[-1] = side
+        edges = cell_edges(count, side, shift)
         overlap = np.minimum(edges[1:], start + length) - np.maximum(edges[:-1], start)
         shares.append(overlap.clip(0) / np.maximum(np.diff(edges), 1e-6))
     share = np.outer(*shares)

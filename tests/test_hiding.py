@@ -253,6 +253,21 @@ def test_pictures_and_data_may_be_of_evidence(seeing):
         found.heatmap(0, of="love")
 
 
+def test_pictures_show_which_part_was_hidden(seeing):
+    plain, found = seeing.caption(CAT), seeing.caption(CAT, hide=[(0, 0, 90, 80)])
+    assert found.mask.sum() < found.mask.size
+    photo, covered = np.asarray(found.image), np.asarray(found.covered(found.image))
+    grey = (covered != photo).any(axis=-1)
+    rows, columns = found.mask.shape
+    for row, column in np.ndindex(rows, columns):
+        centre = grey[round((row + 0.5) / rows * len(grey)), round((column + 0.5) / columns * len(grey[0]))]
+        assert centre == (not found.mask[row, column])
+    assert (covered[grey] == 128).all()
+    assert np.array_equal(np.asarray(found.figure())[30:60, :60], np.full((30, 60, 3), 128))
+    assert (np.asarray(found.heatmap(0, strength=0.0))[:20, :20] == 128).all()
+    assert plain.covered(plain.image) is plain.image
+
+
 def test_a_caption_is_captioned_again_without_the_encoder(small, monkeypatch):
     photos = [CAT, PHOTOS / "photographer.jpg"]
     first = small.caption(photos[0], keep_annotations=True)

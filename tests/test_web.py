@@ -441,9 +441,13 @@ def test_a_model_with_graphs_needs_no_package_for_its_page(runtime, small_folder
     shutil.copy(small_folder / MODEL_FILE, model)
     command = [str(model), "--web", str(tmp_path / "site")]
     assert cli.export([str(model)]) == 0
+    assert capsys.readouterr().out == f"wrote the graphs into {model}\n"
     description, weights = read_model(model)
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert cli.export(command) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'site'}" in out
+    assert f"python3 -m http.server --directory {tmp_path / 'site'}" in out
     assert read_model(tmp_path / "site" / MODEL_FILE)[0].graphs == description.graphs
     step = description.graphs.step
     old = step._replace(model=step.model.replace(b"decoder.output_bias", web.ONE_FILE))
