@@ -208,7 +208,7 @@ class Captioner:
             max_pixels: larger images are refused before they are decoded; 100 million by default.
             keep_annotations: keep the annotation vectors with each caption, for `captioner.explain`.
             evidence: measure for each caption, not for its alternatives, how far the log-probability of each word falls
-                without a region and its neighbours: `Caption.evidence`.
+                where attention may not use a region and its neighbours: `Caption.evidence`.
             evidence_window: rows and columns of regions that are hidden together for that, an odd number; 3 by default.
             hide: regions that attention may not use: a Boolean array (rows, columns), or one box or several, (left,
                 top, width, height) in pixels of the upright photograph. A box stands for the regions whose cells it

@@ -36,7 +36,7 @@ class Caption:
             `captioner.explain`; None unless they were asked for.
         distribution: how the probabilities of the words were computed.
         evidence: float32 (T, rows, columns), how far the log-probability of each word falls, in nats, when the
-            window centred on a region is hidden from attention while the caption is read (see
+            window centred on a region is hidden from attention in the step that chooses the word (see
             `captioner.hiding.measure_evidence`); 0 where the word becomes likelier instead. None unless it was asked
             for, and for alternatives.
         mask: Boolean (rows, columns), the regions that attention could use; None for all.

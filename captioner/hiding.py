@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from captioner.arrays import Array, moved, to_numpy
+from captioner.arrays import Array, moved, of_images, take_along, to_numpy, without_gradients
+from captioner.engine import Step
 from captioner.heatmap import cell_edges
 from captioner.options import Regions, check_option
-from captioner.search import follow
+from captioner.search import Distribution, only_padding_after_the_end, start
+from captioner.vocabulary import PAD
 
 EVIDENCE_WINDOW = 3
 MAX_NUMBERS = 2**22  # of annotation vectors in one batch of variants: 16 MiB
@@ -26,10 +28,11 @@ def measure_evidence(
     window: int = EVIDENCE_WINDOW,
     mask: np.ndarray | None = None,
 ) -> np.ndarray:
-    """How far the log-probability of each word falls when the neighbourhood of a region is hidden.
+    """How far the log-probability of each word falls when the neighbourhood of a region is hidden while it is chosen.
 
-    Each caption is read under teacher forcing once as it is, and once for each region with the window around that
-    region hidden for the whole caption. These variants of an image are rows of one batch, or of a few where memory
+    Each caption is read under teacher forcing as it is. The step before each word is then computed again for each
+    region, from the same state of the decoder, with the window around that region hidden from attention: what the
+    words before rested on stays as it was. These variants of an image are rows of one batch, or of a few where memory
     would not hold one. A window that leaves attention nothing is replaced by annotation vectors of zero: no picture.
 
     Args:
@@ -47,21 +50,37 @@ def measure_evidence(
         Where a word becomes likelier instead, and on padding, it is 0.
     """
     images, regions, channels = annotations.shape
-    hidden = np.concatenate([np.zeros((1, regions), dtype=bool), windows(grid, window)])  # nothing hidden comes first
+    hidden = windows(grid, window)
     usable = np.ones((images, regions), dtype=bool) if mask is None else mask
     variants = (usable[:, None] & ~hidden).reshape(-1, regions)
     batch = max(1, MAX_NUMBERS // (regions * channels))
-    read = []
-    for first in range(0, len(variants), batch):
-        some = variants[first : first + batch]
-        owners = np.arange(first, first + len(some)) // len(hidden)
-        something = some.any(axis=1)[:, None]
-        vectors = annotations[owners] * moved(something[..., None], like=annotations)
-        found = follow(decoder, vectors, words[owners][:, None], moved(some | ~something, like=annotations))
-        read.append(to_numpy(found.log_probabilities)[:, 0])
-    log_probabilities = np.concatenate(read).reshape(images, len(hidden), -1)
-    falls = (log_probabilities[:, :1] - log_probabilities[:, 1:]).clip(0) * usable[..., None]
-    return np.ascontiguousarray(falls.transpose(0, 2, 1)).reshape(images, -1, *grid)
+    before, whole, without = [], [], []
+    with without_gradients(annotations):
+        memory, state, tokens, _ = start(decoder, annotations, moved(usable, like=annotations), 1)
+        for t in range(words.shape[1]):
+            before.append((state, tokens))
+            step = decoder.step(memory, state, tokens)
+            whole.append(log_probability(step, words, t))
+            state, tokens = step.state, words[:, None, t]
+        for first in range(0, len(variants), batch):
+            some = variants[first : first + batch]
+            owners = np.arange(first, first + len(some)) // regions
+            something = some.any(axis=1)[:, None]
+            vectors = annotations[owners] * moved(something[..., None], like=annotations)
+            memory = decoder.encode(vectors, moved(some | ~something, like=annotations))
+            steps = (decoder.step(memory, *of_images(each, owners)) for each in before)
+            without.append([log_probability(step, words[owners], t) for t, step in enumerate(steps)])
+    # (steps, images) and (steps, images, regions)
+    falls = np.array(whole)[..., None] - np.concatenate(without, axis=1).reshape(-1, images, regions)
+    return np.ascontiguousarray((falls.clip(0) * usable).swapaxes(0, 1)).reshape(images, -1, *grid)
+
+
+def log_probability(step: Step, words: Array, t: int) -> np.ndarray:
+    """Of the words (images, steps) at place t, which `step` gives: float32 (images,); 0 for padding."""
+    tokens = words[:, None, t]
+    log_probabilities = Distribution().log_probabilities(step.logits, words[:, None, :t])
+    log_probabilities = only_padding_after_the_end(log_probabilities, tokens == PAD)
+    return to_numpy(take_along(log_probabilities, tokens[..., None]))[:, 0, 0]
 
 
 def windows(grid: tuple[int, int], size: int) -> np.ndarray:
@@ -152,12 +171,12 @@ def covered_by(
     """
     left, top, width, height = box
     shares = []
-    for start, length, side, count, shift in (
+    for begin, length, side, count, shift in (
         (top, height, size[1], grid[0], displacement[0]),
         (left, width, size[0], grid[1], displacement[1]),
     ):
         edges = cell_edges(count, side, shift)
-        overlap = np.minimum(edges[1:], start + length) - np.maximum(edges[:-1], start)
+        overlap = np.minimum(edges[1:], begin + length) - np.maximum(edges[:-1], begin)
         shares.append(overlap.clip(0) / np.maximum(np.diff(edges), 1e-6))
     share = np.outer(*shares)
     if not share.any():

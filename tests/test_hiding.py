@@ -98,18 +98,28 @@ def test_every_decoder_and_mechanism_is_measured_by_its_own_mask(decoder, attent
     annotations = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(1)).relu()
     words = torch.tensor([[7, 9, 12, END], [8, 5, END, PAD]])
     found = measure_evidence(net, annotations, words, (3, 4))
-    captions = torch.cat([torch.full((2, 1), START), words], dim=1)[:, None]
 
-    def read(mask):
-        """The decoder's own teacher forcing; without the first word, before which a search rules out the end too."""
-        with torch.no_grad():
-            output = net(annotations, captions, mask.expand(2, -1))
-        return output.log_probabilities((PAD, START, UNKNOWN))[:, 0, 1:].numpy()
+    def chosen(mask, state, tokens, t):
+        """The step before word t, and the word's log-probability."""
+        step = net.step(net.encode(annotations, mask.expand(2, -1)), state, tokens)
+        logits = step.logits[:, 0].index_fill(-1, torch.tensor([PAD, START, UNKNOWN]), -torch.inf)
+        return step, logits.log_softmax(dim=-1)[torch.arange(2), words[:, t]].numpy()
 
-    whole = read(torch.ones(12, dtype=torch.bool))
-    for region, hidden in enumerate(torch.from_numpy(windows((3, 4), 3))):
-        falls = (whole - read(~hidden)).clip(0)
-        assert np.allclose(found.reshape(2, 4, 12)[:, 1:, region], falls, atol=1e-4)
+    everything = torch.ones(12, dtype=torch.bool)
+    with torch.no_grad():
+        state = net.initial_state(net.encode(annotations, everything.expand(2, -1)), 1)
+        tokens = torch.full((2, 1), START)
+        for t in range(4):
+            step, whole = chosen(everything, state, tokens, t)
+            state_before, before, tokens = state, tokens, words[:, t, None]
+            state, said = step.state, (tokens[:, 0] != PAD).numpy()
+            assert not found[~said, t].any()
+            if t == 0:  # before the first word a search rules out the end too
+                continue
+            for region, hidden in enumerate(torch.from_numpy(windows((3, 4), 3))):
+                _, without = chosen(~hidden, state_before, before, t)
+                falls = (whole[said] - without[said]).clip(0)
+                assert np.allclose(found[said, t].reshape(-1, 12)[:, region], falls, atol=1e-4)
     assert found.max() > 0.01
 
 

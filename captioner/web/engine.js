@@ -75,3 +75,13 @@ export function chooseRows(state, rows) {
   };
   return Object.fromEntries(Object.entries(state).map(([name, tensor]) => [name, choose(tensor)]));
 }
+
+// State with tensors (1, rows, ...) -> the same for each of several images.
+export function forImages(state, images) {
+  const repeat = (tensor) => {
+    const data = new Float32Array(images * tensor.data.length);
+    for (let image = 0; image < images; image++) data.set(tensor.data, image * tensor.data.length);
+    return new ort.Tensor("float32", data, [images, ...tensor.dims.slice(1)]);
+  };
+  return Object.fromEntries(Object.entries(state).map(([name, tensor]) => [name, repeat(tensor)]));
+}

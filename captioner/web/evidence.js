@@ -1,26 +1,33 @@
 // What the words of a caption rest on, as captioner/hiding.py measures it.
 import { Tensor } from "./onnxruntime/ort.js";
-import { follow } from "./search.js";
+import { forImages } from "./engine.js";
+import { stepsOf } from "./search.js";
 
 const BATCH = 16; // variants that are read together
 
-// How far the log-probability of each word falls when a region and its neighbours are hidden for the whole caption.
+// How far the log-probability of each word falls when a region and its neighbours are hidden while it is chosen.
 //   annotations: (1, regions, channels). mask: 1 where a region is visible. words: ids.
 //   grid: rows and columns. window: how many of them are hidden together, an odd number.
 //   wanted: asked before each batch of variants whether to go on; null is returned where it gives false.
 // Returns for each word a value for each region, in nats: 0 where the word becomes likelier, and for hidden regions.
 export async function measureEvidence(engine, annotations, mask, words, { grid, window, wanted }) {
   const visible = [...mask.keys()].filter((region) => mask[region]);
-  const variants = [mask, ...visible.map((region) => withoutWindow(mask, region, grid[1], Math.floor(window / 2)))];
-  const read = words.map(() => []);
+  const variants = visible.map((region) => withoutWindow(mask, region, grid[1], Math.floor(window / 2)));
+  const whole = await stepsOf(engine, annotations, mask, words);
+  const without = words.map(() => []);
   for (let first = 0; first < variants.length; first += BATCH) {
     if (!(await wanted())) return null;
     const images = imagesOf(annotations, variants.slice(first, first + BATCH));
-    (await follow(engine, ...images, words)).forEach((values, place) => read[place].push(...values));
+    const { memory } = await engine.encode(...images);
+    for (const [place, { state, token, logProbabilityOf }] of whole.entries()) {
+      const count = images[0].dims[0];
+      const step = await engine.step(memory, forImages(state, count), new Array(count).fill(token));
+      without[place].push(...step.logits.map(logProbabilityOf));
+    }
   }
-  return read.map(([whole, ...others]) => {
+  return whole.map(({ logProbability }, place) => {
     const falls = new Float32Array(mask.length);
-    visible.forEach((region, place) => (falls[region] = Math.max(0, whole - others[place])));
+    visible.forEach((region, variant) => (falls[region] = Math.max(0, logProbability - without[place][variant])));
     return falls;
   });
 }

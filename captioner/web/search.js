@@ -39,20 +39,24 @@ export async function beamSearch(engine, annotations, mask, options) {
   return beams;
 }
 
-// A caption that is given, read word by word for each of several images: teacher forcing.
-//   annotations: (images, regions, channels). mask: 1 where a region is visible, of one image after the other.
-//   words: ids.
-// Returns for each word its log-probabilities, one for each image.
-export async function follow(engine, annotations, mask, words) {
+// The steps before each word of a caption that is given: teacher forcing.
+//   mask: 1 where a region is visible. words: ids.
+// Returns for each word:
+//   state, token: what the step was computed from, the token being the word before.
+//   logProbabilityOf: the word's log-probability by the logits of such a step.
+//   logProbability: that by this one.
+export async function stepsOf(engine, annotations, mask, words) {
   const { memory, state: first } = await engine.encode(annotations, mask);
   let state = first;
-  const found = [];
-  for (let t = 0; t < words.length; t++) {
-    const step = await engine.step(memory, state, new Array(annotations.dims[0]).fill(t ? words[t - 1] : START));
-    found.push(step.logits.map((logits) => logSoftmax(allowed(logits, words.slice(0, t), 0))[words[t]]));
+  const steps = [];
+  for (const [t, word] of words.entries()) {
+    const token = t ? words[t - 1] : START;
+    const logProbabilityOf = (logits) => logSoftmax(allowed(logits, words.slice(0, t), 0))[word];
+    const step = await engine.step(memory, state, [token]);
+    steps.push({ state, token, logProbabilityOf, logProbability: logProbabilityOf(step.logits[0]) });
     state = step.state;
   }
-  return found;
+  return steps;
 }
 
 const hasEnded = ({ words }) => words.at(-1) === END;
