@@ -1,20 +1,18 @@
 """Hiding regions from attention: those that a caller names, or one neighbourhood after the other to measure evidence.
 
-Regions are hidden through the decoder's mask. Their attention weights are zero, and the LSTM's first state comes from
-the mean of the annotation vectors that are left. The encoder does not run again, so the vectors of other regions still
-describe what their receptive fields share with the hidden ones.
+Regions are hidden through the decoder's mask. Their attention weights are zero, and where a caller names them, the
+LSTM's first state comes from the mean of the annotation vectors that are left. The encoder does not run again, so the
+vectors of other regions still describe what their receptive fields share with the hidden ones.
 """
 
 from typing import Any
 
 import numpy as np
 
-from captioner.arrays import Array, moved, of_images, take_along, to_numpy, without_gradients
-from captioner.engine import Step
+from captioner.arrays import Array, moved, of_images, to_numpy, without_gradients
 from captioner.heatmap import cell_edges
 from captioner.options import Regions, check_option
-from captioner.search import Distribution, only_padding_after_the_end, start
-from captioner.vocabulary import PAD
+from captioner.search import log_probability, start
 
 EVIDENCE_WINDOW = 3
 MAX_NUMBERS = 2**22  # of annotation vectors in one batch of variants: 16 MiB
@@ -55,13 +53,14 @@ def measure_evidence(
     variants = (usable[:, None] & ~hidden).reshape(-1, regions)
     batch = max(1, MAX_NUMBERS // (regions * channels))
     before, whole, without = [], [], []
+    captions = words[:, None]  # one row of each image
     with without_gradients(annotations):
         memory, state, tokens, _ = start(decoder, annotations, moved(usable, like=annotations), 1)
         for t in range(words.shape[1]):
             before.append((state, tokens))
             step = decoder.step(memory, state, tokens)
-            whole.append(log_probability(step, words, t))
-            state, tokens = step.state, words[:, None, t]
+            whole.append(to_numpy(log_probability(step, captions, t))[:, 0])
+            state, tokens = step.state, captions[..., t]
         for first in range(0, len(variants), batch):
             some = variants[first : first + batch]
             owners = np.arange(first, first + len(some)) // regions
@@ -69,18 +68,11 @@ def measure_evidence(
             vectors = annotations[owners] * moved(something[..., None], like=annotations)
             memory = decoder.encode(vectors, moved(some | ~something, like=annotations))
             steps = (decoder.step(memory, *of_images(each, owners)) for each in before)
-            without.append([log_probability(step, words[owners], t) for t, step in enumerate(steps)])
+            read = [log_probability(step, captions[owners], t) for t, step in enumerate(steps)]
+            without.append([to_numpy(values)[:, 0] for values in read])
     # (steps, images) and (steps, images, regions)
     falls = np.array(whole)[..., None] - np.concatenate(without, axis=1).reshape(-1, images, regions)
     return np.ascontiguousarray((falls.clip(0) * usable).swapaxes(0, 1)).reshape(images, -1, *grid)
-
-
-def log_probability(step: Step, words: Array, t: int) -> np.ndarray:
-    """Of the words (images, steps) at place t, which `step` gives: float32 (images,); 0 for padding."""
-    tokens = words[:, None, t]
-    log_probabilities = Distribution().log_probabilities(step.logits, words[:, None, :t])
-    log_probabilities = only_padding_after_the_end(log_probabilities, tokens == PAD)
-    return to_numpy(take_along(log_probabilities, tokens[..., None]))[:, 0, 0]
 
 
 def windows(grid: tuple[int, int], size: int) -> np.ndarray:

@@ -269,15 +269,27 @@ def follow(decoder: Any, annotations: Array, words: Array, mask: Array | None = 
     with without_gradients(annotations):
         *_, hypotheses = start(decoder, annotations, mask, words.shape[1])
         for t, step in enumerate(steps_of(decoder, annotations, words, mask)):
-            log_probabilities = Distribution().log_probabilities(step.logits, hypotheses.words)
             tokens = words[..., t]
-            log_probabilities = only_padding_after_the_end(log_probabilities, tokens == PAD)
             hypotheses = hypotheses.extend(
                 tokens,
-                take_along(log_probabilities, tokens[..., None])[..., 0],
+                log_probability(step, words, t),
                 step.alpha * (tokens != PAD)[..., None, None],
             )
         return hypotheses._replace(scores=hypotheses.log_probabilities.sum(axis=2) / hypotheses.lengths.clip(1))
+
+
+def log_probability(step: Step, words: Array, t: int) -> Array:
+    """Of the words at place t of captions that are given, (images, rows), by the step before them; 0 for padding.
+
+    Args:
+        step: the decoder's.
+        words: (images, rows, steps) ids; see `follow`.
+        t: the place, from 0.
+    """
+    tokens = words[..., t]
+    log_probabilities = Distribution().log_probabilities(step.logits, words[..., :t])
+    log_probabilities = only_padding_after_the_end(log_probabilities, tokens == PAD)
+    return take_along(log_probabilities, tokens[..., None])[..., 0]
 
 
 def steps_of(decoder: Any, annotations: Array, words: Array, mask: Array | None = None) -> Iterator[Step]:
