@@ -90,12 +90,14 @@ def test_every_decoder_with_every_mechanism_gives_the_same_steps(encoder_graph, 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"annotation_size": 0}, {"encoder_self_attention": 2, "heads": 3}, {"tie_embeddings": True}],
+    [{"annotation_size": 0, "tie_embeddings": True}, {"encoder_self_attention": 2, "heads": 3}],
     ids=str,
 )
 def test_whole_networks_give_the_same(changes):
     model = small_model(30, **({"embedding_size": 9, "hidden_size": 9} | changes))
+    random = torch.get_rng_state()
     ours = OnnxEngine(export.export_graphs(model.config, SIZE), weights_of(model))
+    assert torch.equal(torch.get_rng_state(), random)  # models are exported in the midst of training
     theirs = TorchEngine(model)
     images = np.random.default_rng(0).normal(size=(3, 3, *SIZE)).astype(np.float32)
     annotations = theirs.annotate(images)
@@ -144,22 +146,21 @@ def test_graphs_of_files_from_before_there_were_matrices_in_8_bits_are_used(enco
     assert Graphs.from_text(json.dumps(values)) == encoder_graph
 
 
-def test_graphs_whose_weights_were_said_to_be_in_one_file_are_used():
+def test_graphs_whose_weights_were_said_to_be_in_one_file_are_used(encoder_graph):
     """As in files that were written before each weight had a file of its own name."""
     model = small_model(30)
-    graphs = export.export_graphs(model.config, SIZE)
     before = {}
     for part in ("annotate", "encode", "step"):
-        proto = onnx.load_model_from_string(getattr(graphs, part).model)
+        proto = onnx.load_model_from_string(getattr(encoder_graph, part).model)
         for tensor in proto.graph.initializer:
             for entry in tensor.external_data:
                 assert (entry.key, entry.value) == ("location", tensor.name)
                 entry.value = MODEL_FILE
-        before[part] = getattr(graphs, part)._replace(model=proto.SerializeToString())
+        before[part] = getattr(encoder_graph, part)._replace(model=proto.SerializeToString())
     images = np.random.default_rng(0).normal(size=(2, 3, *SIZE)).astype(np.float32)
     found = [
         search.beam_search(each, each.annotate(images), max_length=4)
-        for each in (OnnxEngine(one, weights_of(model)) for one in (graphs, graphs._replace(**before)))
+        for each in (OnnxEngine(one, weights_of(model)) for one in (encoder_graph, encoder_graph._replace(**before)))
     ]
     assert all(np.array_equal(*parts) for parts in zip(*(each[:4] for each in found), strict=True))
 
@@ -177,15 +178,6 @@ def test_graphs_from_before_they_gave_the_weights_over_the_words_are_used(encode
     assert found[0].word_alpha.shape == (4, 3, 2, 3, 1)
     assert found[1].word_alpha is None
     assert np.array_equal(found[0].logits, found[1].logits)
-
-
-def test_exporting_leaves_the_random_numbers_of_training_as_they_are(encoder_graph):
-    config = small_model(30).config
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    export.export_graphs(config, SIZE)
-    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.fixture(scope="module")
