@@ -30,8 +30,8 @@ def measure_evidence(
 
     Each caption is read under teacher forcing as it is. The step before each word is then computed again for each
     region, from the same state of the decoder, with the window around that region hidden from attention: what the
-    words before rested on stays as it was. These variants of an image are rows of one batch, or of a few where memory
-    would not hold one. A window that leaves attention nothing is replaced by annotation vectors of zero: no picture.
+    words before rested on stays as it was. These variants are images of one batch, or of a few where memory would not
+    hold one. A window that leaves attention nothing is replaced by annotation vectors of zero: no picture.
 
     Args:
         decoder: an engine, or the decoder of a network in evaluation mode.
@@ -48,31 +48,48 @@ def measure_evidence(
         Where a word becomes likelier instead, and on padding, it is 0.
     """
     images, regions, channels = annotations.shape
-    hidden = windows(grid, window)
     usable = np.ones((images, regions), dtype=bool) if mask is None else mask
-    variants = (usable[:, None] & ~hidden).reshape(-1, regions)
-    batch = max(1, MAX_NUMBERS // (regions * channels))
-    before, whole, without = [], [], []
+    variants = (usable[:, None] & ~windows(grid, window)).reshape(-1, regions)
+    something = variants.any(axis=1)
     captions = words[:, None]  # one row of each image
+    before: list[tuple[Any, Array]] = []
+
+    def read(memory: Any, owners: np.ndarray) -> np.ndarray:
+        """The log-probabilities of the words of the images named, (steps, owners), as `memory` has their regions."""
+        steps = (decoder.step(memory, *of_images(each, owners)) for each in before)
+        found = [log_probability(step, captions[owners], t) for t, step in enumerate(steps)]
+        return np.array([to_numpy(values)[:, 0] for values in found])
+
     with without_gradients(annotations):
         memory, state, tokens, _ = start(decoder, annotations, moved(usable, like=annotations), 1)
+        whole = np.empty((words.shape[1], images), dtype=np.float32)
         for t in range(words.shape[1]):
             before.append((state, tokens))
             step = decoder.step(memory, state, tokens)
-            whole.append(to_numpy(log_probability(step, captions, t))[:, 0])
+            whole[t] = to_numpy(log_probability(step, captions, t))[:, 0]
             state, tokens = step.state, captions[..., t]
-        for first in range(0, len(variants), batch):
-            some = variants[first : first + batch]
-            owners = np.arange(first, first + len(some)) // regions
-            something = some.any(axis=1)[:, None]
-            vectors = annotations[owners] * moved(something[..., None], like=annotations)
-            memory = decoder.encode(vectors, moved(some | ~something, like=annotations))
-            steps = (decoder.step(memory, *of_images(each, owners)) for each in before)
-            read = [log_probability(step, captions[owners], t) for t, step in enumerate(steps)]
-            without.append([to_numpy(values)[:, 0] for values in read])
-    # (steps, images) and (steps, images, regions)
-    falls = np.array(whole)[..., None] - np.concatenate(without, axis=1).reshape(-1, images, regions)
+        without = np.empty((words.shape[1], len(variants)), dtype=np.float32)
+        if not something.all():
+            everything = moved(np.ones_like(usable), like=annotations)
+            blank = read(decoder.encode(0 * annotations, everything), np.arange(images))
+            without[:] = blank.repeat(regions, axis=1)
+        batch, left = max(1, MAX_NUMBERS // (regions * channels)), np.flatnonzero(something)
+        for first in range(0, len(left), batch):
+            some = left[first : first + batch]
+            owners = some // regions
+            shown = with_mask(of_images(memory, owners), moved(variants[some], like=annotations))
+            without[:, some] = read(shown, owners)
+    falls = whole[..., None] - without.reshape(-1, images, regions)
     return np.ascontiguousarray((falls.clip(0) * usable).swapaxes(0, 1)).reshape(images, -1, *grid)
+
+
+def with_mask(memory: Any, mask: Array) -> Any:
+    """What a decoder's `encode` gave, with another mask: the annotation vectors and their keys do not depend on it."""
+    if isinstance(memory, dict):
+        return {**memory, "mask": mask}
+    if hasattr(memory, "_replace"):
+        return memory._replace(mask=mask)
+    return tuple(with_mask(each, mask) for each in memory)  # a transformer has one for each layer
 
 
 def windows(grid: tuple[int, int], size: int) -> np.ndarray:

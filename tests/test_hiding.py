@@ -42,23 +42,29 @@ class Nothing(NamedTuple):
     none: np.ndarray
 
 
+class Seen(NamedTuple):
+    """A memory."""
+
+    annotations: np.ndarray
+    mask: np.ndarray
+
+
 class RedOrBlue:
     """A decoder that says red with the probability sigmoid(s), s the sum over the regions that it may use, or blue."""
 
     heads = 1
 
     def encode(self, annotations, mask):
-        self.regions = annotations.shape[1]
-        return (annotations[..., 0] * mask).sum(axis=1)
+        return Seen(annotations, mask)
 
     def initial_state(self, memory, rows):
-        return Nothing(np.zeros((len(memory), rows, 1)))
+        return Nothing(np.zeros((len(memory.mask), rows, 1)))
 
     def step(self, memory, state, tokens):
         logits = np.zeros((*tokens.shape, BLUE + 1), np.float32)
         logits[..., END] = -1e4
-        logits[..., RED] = memory[:, None]
-        return Step(logits, state, np.zeros((*tokens.shape, 1, self.regions), np.float32))
+        logits[..., RED] = (memory.annotations[..., 0] * memory.mask).sum(axis=1)[:, None]
+        return Step(logits, state, np.zeros((*tokens.shape, 1, memory.mask.shape[1]), np.float32))
 
 
 @pytest.mark.parametrize("batch", [1, 10, 10**6])
@@ -89,7 +95,8 @@ def test_evidence_is_the_fall_of_the_log_probability_without_a_window(monkeypatc
 
 @pytest.mark.parametrize("decoder", ["lstm", "transformer"])
 @pytest.mark.parametrize("attention", MECHANISMS)
-def test_every_decoder_and_mechanism_is_measured_by_its_own_mask(decoder, attention):
+@pytest.mark.parametrize("window", [3, 5, 7])  # 5 hides all regions around some of them, 7 around each
+def test_every_decoder_and_mechanism_is_measured_by_its_own_mask(decoder, attention, window):
     heads = {} if attention != "multi_head" else {"attention_options": {"heads": 3}}
     net = small_model(30, decoder=decoder, attention=attention, attention_size=12, heads=3, **heads).decoder
     with torch.no_grad():
@@ -97,15 +104,16 @@ def test_every_decoder_and_mechanism_is_measured_by_its_own_mask(decoder, attent
             weights.mul_(3)
     annotations = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(1)).relu()
     words = torch.tensor([[7, 9, 12, END], [8, 5, END, PAD]])
-    found = measure_evidence(net, annotations, words, (3, 4))
+    found = measure_evidence(net, annotations, words, (3, 4), window)
+    everything = torch.ones(12, dtype=torch.bool)
 
     def chosen(mask, state, tokens, t):
         """The step before word t, and the word's log-probability."""
-        step = net.step(net.encode(annotations, mask.expand(2, -1)), state, tokens)
+        visible = (annotations, mask) if mask.any() else (0 * annotations, everything)
+        step = net.step(net.encode(visible[0], visible[1].expand(2, -1)), state, tokens)
         logits = step.logits[:, 0].index_fill(-1, torch.tensor([PAD, START, UNKNOWN]), -torch.inf)
         return step, logits.log_softmax(dim=-1)[torch.arange(2), words[:, t]].numpy()
 
-    everything = torch.ones(12, dtype=torch.bool)
     with torch.no_grad():
         state = net.initial_state(net.encode(annotations, everything.expand(2, -1)), 1)
         tokens = torch.full((2, 1), START)
@@ -116,7 +124,7 @@ def test_every_decoder_and_mechanism_is_measured_by_its_own_mask(decoder, attent
             assert not found[~said, t].any()
             if t == 0:  # before the first word a search rules out the end too
                 continue
-            for region, hidden in enumerate(torch.from_numpy(windows((3, 4), 3))):
+            for region, hidden in enumerate(torch.from_numpy(windows((3, 4), window))):
                 _, without = chosen(~hidden, state_before, before, t)
                 falls = (whole[said] - without[said]).clip(0)
                 assert np.allclose(found[said, t].reshape(-1, 12)[:, region], falls, atol=1e-4)

@@ -76,7 +76,7 @@ export function chooseRows(state, rows) {
   return Object.fromEntries(Object.entries(state).map(([name, tensor]) => [name, choose(tensor)]));
 }
 
-// State with tensors (1, rows, ...) -> the same for each of several images.
+// A state or memory with tensors (1, ...) -> the same for each of several images.
 export function forImages(state, images) {
   const repeat = (tensor) => {
     const data = new Float32Array(images * tensor.data.length);

@@ -12,24 +12,31 @@ const BATCH = 16; // variants that are read together
 // Returns for each word a value for each region, in nats: 0 where the word becomes likelier, and for hidden regions.
 export async function measureEvidence(engine, annotations, mask, words, { grid, window, wanted }) {
   const visible = [...mask.keys()].filter((region) => mask[region]);
-  const variants = visible.map((region) => withoutWindow(mask, region, grid[1], Math.floor(window / 2)));
+  const variants = visible.map((region) => ({ region, mask: withoutWindow(mask, region, grid[1], Math.floor(window / 2)) }));
   const whole = await stepsOf(engine, annotations, mask, words);
-  const without = words.map(() => []);
-  for (let first = 0; first < variants.length; first += BATCH) {
-    if (!(await wanted())) return null;
-    const images = imagesOf(annotations, variants.slice(first, first + BATCH));
-    const { memory } = await engine.encode(...images);
-    for (const [place, { state, token, logProbabilityOf }] of whole.entries()) {
-      const count = images[0].dims[0];
-      const step = await engine.step(memory, forImages(state, count), new Array(count).fill(token));
-      without[place].push(...step.logits.map(logProbabilityOf));
+  const falls = whole.map(() => new Float32Array(mask.length));
+  // Read the words for the variants, with a memory that holds an image for each of them.
+  const read = async (those, memory) => {
+    for (const [place, { state, token, logProbability, logProbabilityOf }] of whole.entries()) {
+      const step = await engine.step(memory, forImages(state, those.length), new Array(those.length).fill(token));
+      for (const [image, { region }] of those.entries()) {
+        falls[place][region] = Math.max(0, logProbability - logProbabilityOf(step.logits[image]));
+      }
     }
+  };
+  const { memory } = await engine.encode(annotations, mask);
+  const [some, none] = [true, false].map((left) => variants.filter((variant) => variant.mask.some(Boolean) === left));
+  for (let first = 0; first < some.length; first += BATCH) {
+    if (!(await wanted())) return null;
+    const batch = some.slice(first, first + BATCH);
+    await read(batch, memoryOf(memory, batch.map((variant) => variant.mask)));
   }
-  return whole.map(({ logProbability }, place) => {
-    const falls = new Float32Array(mask.length);
-    visible.forEach((region, variant) => (falls[region] = Math.max(0, logProbability - without[place][variant])));
-    return falls;
-  });
+  if (none.length) {
+    const everything = new Uint8Array(mask.length).fill(1);
+    const blank = await engine.encode(zerosLike(annotations), everything);
+    await read(none, memoryOf(blank.memory, none.map(() => everything)));
+  }
+  return falls;
 }
 
 // The mask with what is at most `reach` rows and columns away from a region hidden too.
@@ -41,16 +48,13 @@ function withoutWindow(mask, region, columns, reach) {
   });
 }
 
-// The annotation vectors once for each mask, and the masks in one array. Where a mask leaves nothing, the vectors are
-// zero instead: no picture.
-function imagesOf(annotations, masks) {
-  const [, regions, channels] = annotations.dims;
-  const data = new Float32Array(masks.length * regions * channels);
-  const all = new Uint8Array(masks.length * regions).fill(1);
-  masks.forEach((mask, image) => {
-    if (!mask.some(Boolean)) return;
-    data.set(annotations.data, image * regions * channels);
-    all.set(mask, image * regions);
-  });
-  return [new Tensor("float32", data, [masks.length, regions, channels]), all];
+// Vectors of zero, which stand for no picture where a window leaves attention nothing.
+function zerosLike(annotations) {
+  return new Tensor("float32", new Float32Array(annotations.data.length), annotations.dims);
+}
+
+// The memory of one image once for each mask: the vectors and their keys do not depend on it.
+function memoryOf({ mask, ...vectors }, masks) {
+  const data = Uint8Array.from(masks.flatMap((each) => [...each]));
+  return { ...forImages(vectors, masks.length), mask: new Tensor("bool", data, [masks.length, mask.dims[1]]) };
 }
