@@ -15,8 +15,8 @@ from .handlers import BATCH, Handlers
 from .rendering import MAP_SIZE
 
 ASSETS = Path(__file__).parent / "assets"
-SAMPLES = ("cat.jpg", "photographer.jpg", "coffee.jpg", "astronaut.jpg")
-FAILURE = "Both models fail on the cup and on the astronaut: their training photographs show little like them."
+SAMPLES = ("cat.jpg", "photographer.jpg", "fruit.jpg", "astronaut.jpg")
+FAILURE = "Both models fail on the astronaut: their training photographs show little like her."
 KEEP_SECONDS = 3600  # uploads and downloads are deleted after an hour
 QUESTION = (ASSETS / "question.js").read_text("utf-8")
 CSS = (ASSETS / "page.css").read_text("utf-8")
