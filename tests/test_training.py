@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import platform
 import random
 import shutil
 import signal
@@ -280,6 +281,24 @@ def test_two_processes_compute_what_one_does(options, tmp_path):
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for glibc only")
+def test_memory_that_was_freed_is_used_again():
+    """A process gets no new pages for an array of 64 MiB when it has freed one of that size."""
+    code = """
+import resource
+from training.memory import keep_freed_memory
+keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array = bytearray(2**26)
+    array[::4096] = bytes(2**14)
+    del array
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100
 
 
 KINDS = {

@@ -11,6 +11,7 @@ from captioner.pretrained import DEFAULT_MODEL
 from .config import add_data_flag
 from .data.items import SPLITS, CaptionedImage, DatasetError
 from .data.sources import read_sources, read_split
+from .memory import keep_freed_memory
 
 log = logging.getLogger("training")
 
@@ -38,6 +39,7 @@ def run_check(options: argparse.Namespace, prepare: Callable[[], Check]) -> int:
         The exit status: 0 done, 1 failed.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    keep_freed_memory()
     try:
         check = prepare()
         sets = read_split(read_sources(options.data), options.split)

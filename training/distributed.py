@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .memory import keep_freed_memory
+
 PATIENCE = datetime.timedelta(minutes=30)  # of a collective operation, until a machine is taken to be gone
 
 
@@ -72,12 +74,15 @@ ALONE = Distributed(0, 1, torch.device("cpu"))
 def distributed(device: str = "auto") -> Iterator[Distributed]:
     """Join the process group if `torchrun` started this process, and leave it at the end.
 
+    The process keeps the memory of freed tensors, see `memory.keep_freed_memory`.
+
     Args:
         device: "cpu", "cuda", "cuda:1", "mps", or "auto" for a GPU where there is one.
 
     Raises:
         ValueError: there is no such device, or processes could not be started again.
     """
+    keep_freed_memory()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
