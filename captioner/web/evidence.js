@@ -15,26 +15,32 @@ export async function measureEvidence(engine, annotations, mask, words, { grid, 
   const variants = visible.map((region) => ({ region, mask: withoutWindow(mask, region, grid[1], Math.floor(window / 2)) }));
   const whole = await stepsOf(engine, annotations, mask, words);
   const falls = whole.map(() => new Float32Array(mask.length));
-  // Read the words for the variants, with a memory that holds an image for each of them.
-  const read = async (those, memory) => {
-    for (const [place, { state, token, logProbability, logProbabilityOf }] of whole.entries()) {
-      const step = await engine.step(memory, forImages(state, those.length), new Array(those.length).fill(token));
-      for (const [image, { region }] of those.entries()) {
-        falls[place][region] = Math.max(0, logProbability - logProbabilityOf(step.logits[image]));
-      }
+  // The log-probabilities of each word, by the images of a memory.
+  const read = async (memory) => {
+    const count = memory.mask.dims[0];
+    const found = [];
+    for (const { state, token, logProbabilityOf } of whole) {
+      const step = await engine.step(memory, forImages(state, count), new Array(count).fill(token));
+      found.push(step.logits.map(logProbabilityOf));
     }
+    return found;
+  };
+  const note = (place, { region }, without) => {
+    falls[place][region] = Math.max(0, whole[place].logProbability - without);
   };
   const { memory } = await engine.encode(annotations, mask);
   const [some, none] = [true, false].map((left) => variants.filter((variant) => variant.mask.some(Boolean) === left));
   for (let first = 0; first < some.length; first += BATCH) {
     if (!(await wanted())) return null;
     const batch = some.slice(first, first + BATCH);
-    await read(batch, memoryOf(memory, batch.map((variant) => variant.mask)));
+    const found = await read(memoryOf(memory, batch.map((variant) => variant.mask)));
+    found.forEach((values, place) => values.forEach((value, image) => note(place, batch[image], value)));
   }
   if (none.length) {
-    const everything = new Uint8Array(mask.length).fill(1);
-    const blank = await engine.encode(zerosLike(annotations), everything);
-    await read(none, memoryOf(blank.memory, none.map(() => everything)));
+    if (!(await wanted())) return null;
+    const blank = await engine.encode(zerosLike(annotations), new Uint8Array(mask.length).fill(1));
+    const found = await read(blank.memory);
+    found.forEach(([value], place) => none.forEach((variant) => note(place, variant, value)));
   }
   return falls;
 }
