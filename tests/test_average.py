@@ -8,6 +8,7 @@ from captioner.checkpoint import Checkpoint, load_checkpoint
 from captioner.images import Preprocessing
 from captioner.vocabulary import Vocabulary
 from training.average import main
+from training.optimisation import build_average
 
 WORDS = Vocabulary([f"word{number}" for number in range(36)])
 
@@ -40,3 +41,22 @@ def test_models_that_do_not_fit_each_other_are_refused(tmp_path, capsys):
         assert main([one, other, "--output", str(tmp_path / "mean")]) == 1
         assert message in capsys.readouterr().err
         assert not (tmp_path / "mean").exists()
+
+
+def test_the_moving_average_follows_trained_weights_and_leaves_frozen_ones():
+    model = small_model(len(WORDS))
+    model.encoder.train_from(None)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    average = build_average(model, decay=0.9)
+    average.update_parameters(model)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1)
+        average.update_parameters(model)
+    # The decay of the second and third update is (1 + n) / (10 + n): 2/11, then 3/12.
+    mean = 0.25 * (9 / 11) + 0.75 * 2
+    for name, parameter in average.module.named_parameters():
+        expected = before[name] if name.startswith("encoder.") else before[name] + mean
+        assert torch.allclose(parameter, expected, atol=1e-5), name

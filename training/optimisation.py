@@ -43,12 +43,19 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, config: TrainConfig, ste
 
 
 def build_average(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of the weights; its decay is lower at first, to forget the initial weights."""
+    """The exponential moving average of the weights; its decay is lower at first, to forget the initial weights.
 
-    def average(mean: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
-        return torch.lerp(current, mean, min(decay, (1 + int(updates)) / (10 + int(updates))))
+    Weights that are frozen, as `requires_grad` says now, are left out: their average is what they are.
+    """
+    trained = [parameter.requires_grad for parameter in model.parameters()]
 
-    return AveragedModel(model, avg_fn=average)
+    def average(means: Sequence[Tensor], currents: Sequence[Tensor], updates: Tensor | int) -> None:
+        share = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        for mean, current, changes in zip(means, currents, trained, strict=True):
+            if changes:
+                mean.lerp_(current, 1 - share)
+
+    return AveragedModel(model, multi_avg_fn=average)
 
 
 def interpolate(start: ShowAttendTell, end: ShowAttendTell, share: float) -> ShowAttendTell:
