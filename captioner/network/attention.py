@@ -254,7 +254,7 @@ def in_parts(query: Tensor, keys: Tensor, *others: Tensor) -> Iterator[tuple[Ten
     images = max(len(query), 1)
     if query.device.type == "cpu":
         numbers = query.shape[1] * keys.shape[1] * keys.shape[2]  # tanh values of an image
-        images = min(images, max(1, CACHED // max(numbers, 1)))
+        images = max(1, CACHED // max(numbers, 1))
     return zip(*(tensor.split(images) for tensor in (query, keys, *others)), strict=True)
 
 
