@@ -212,6 +212,7 @@ def figure(
     count = len(words) + 1
     if columns is None:
         columns = min(count, max(3, math.ceil(math.sqrt(2 * count * (photo.height + label) / tile))))
+        columns = math.ceil(count / math.ceil(count / columns))  # no more than fill the same rows evenly
     gap = max(2, tile // 40)
     step_x, step_y = tile + gap, photo.height + label + gap
     width, height = columns * step_x - gap, math.ceil(count / columns) * step_y

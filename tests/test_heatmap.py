@@ -1,5 +1,7 @@
 """Heatmaps show where the weights are."""
 
+import math
+
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
@@ -92,6 +94,16 @@ def test_a_figure_has_a_place_for_the_photo_and_every_word():
     assert np.array_equal(np.asarray(whole.crop((0, label, 120, label + 80))), np.asarray(PHOTO))
     second = whole.crop((123, 80 + label + 3 + label, 243, 2 * (80 + label) + 3))
     assert np.array_equal(np.asarray(second), np.asarray(overlay(PHOTO, attention[2])))
+
+
+@pytest.mark.parametrize("words", range(1, 20))
+def test_the_last_row_of_a_figure_is_not_nearly_empty(words):
+    tile, gap, line = 120, 3, 80 + 14 + 3
+    whole = figure(PHOTO, ["word"] * words, np.stack([one_hot(0, 0)] * words), tile=tile)
+    columns = (whole.width + gap) // (tile + gap)
+    rows = math.ceil((words + 1) / columns)
+    assert whole.height - rows * line < line  # the rest is the legend
+    assert words + 1 - (rows - 1) * columns >= columns / 2
 
 
 def spread(peak, shape=(4, 6)):
