@@ -3,6 +3,7 @@
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import tiny
 from PIL import Image
 
 from captioner import Captioner
+from captioner.heatmap import overlay
 from training import compare, comparison, pointing, scorers, truth
 
 SCORES = dict.fromkeys(["seconds an epoch", *comparison.SCORES], 2.0)
@@ -130,6 +132,21 @@ def test_maps_are_measured_where_asked_for(options, tmp_path, capsys, monkeypatc
     assert -1 <= values["attention, evidence"] <= 1
     maps = capsys.readouterr().out.split("\n\n")[1]
     assert maps.splitlines()[2].startswith("| `additive` | ")
+
+
+def test_a_map_of_one_region_leaves_the_other_kinds_their_colours():
+    soft = np.full((4, 4), 0.7 / 15, np.float32)
+    soft[1, 2] = 0.3
+    hard = np.eye(1, 16, dtype=np.float32).reshape(4, 4)
+
+    def model(weights):
+        caption = SimpleNamespace(attention=weights[None], index=lambda word: 0, displacement=(0.0, 0.0))
+        return SimpleNamespace(teacher_forced=lambda photo, sentence: caption)
+
+    photo = Image.new("RGB", (224, 224), "grey")
+    picture = comparison.same_word(photo, "a red circle", "red", {"soft": model(soft), "hard": model(hard)})
+    beside = picture.crop((224 + 5, 24, 2 * 224 + 5, 24 + 224))  # after the photograph and a gap, below its title
+    assert np.array_equal(np.asarray(beside), np.asarray(overlay(photo, soft)))
 
 
 def test_a_mean_and_a_spread_are_over_the_seeds():

@@ -108,6 +108,12 @@ def same_word(photo: Image.Image, sentence: str, word: str, models: Mapping[str,
     """
     captions = [captioner.teacher_forced(photo, sentence) for captioner in models.values()]
     maps = np.stack([caption.attention[caption.index(word)] for caption in captions])
+    # Each map has its own scale: hard attention's one weight of 1 would leave the others in the dark.
     return figure(
-        photo, list(models), maps, columns=math.ceil((len(models) + 1) / 2), displacement=captions[0].displacement
+        photo,
+        list(models),
+        maps,
+        scale="word",
+        columns=math.ceil((len(models) + 1) / 2),
+        displacement=captions[0].displacement,
     )
