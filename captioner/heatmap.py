@@ -199,7 +199,7 @@ def figure(
         scale: "caption" or "word"; see `scale_tops`.
         of: "attention" or "evidence", what the maps hold and the legend explains.
         tile: width of one picture in pixels; a photograph more than twice as high as wide is centred in it.
-        columns: pictures in a row; by default the figure is about twice as wide as high.
+        columns: pictures in a row; by default the figure is about twice as wide as high, with rows filled evenly.
         strength, colours, displacement: see `overlay`.
 
     Raises:

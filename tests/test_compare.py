@@ -134,6 +134,22 @@ def test_maps_are_measured_where_asked_for(options, tmp_path, capsys, monkeypatc
     assert maps.splitlines()[2].startswith("| `additive` | ")
 
 
+def test_maps_of_some_runs_are_shown_without_those_of_the_others(options, tmp_path, capsys, monkeypatch):
+    maps = dict.fromkeys(comparison.MAPS, 0.5)
+    monkeypatch.setattr(compare, "train", lambda *_: 0.2)
+    monkeypatch.setattr(compare, "measure", lambda *_: dict.fromkeys(["parameters", "epochs", "entropy"], 1.0) | SCORES)
+    monkeypatch.setattr(compare, "measure_maps", lambda config, _: maps | {comparison.MAPS[0]: float(config.seed)})
+    flags = [*options, "--output", str(tmp_path)]
+    assert compare.main([*flags, "--kinds", "none", "--seeds", "3", "--pictures", "6"]) == 0
+    assert compare.main([*flags, "--kinds", "dot", "--seeds", "5", "7", "--pictures", "6"]) == 0
+    capsys.readouterr()
+    assert compare.main([*flags, "--kinds", "none", "additive", "dot", "--seeds", "3", "5", "7"]) == 0
+    scores, of_maps = capsys.readouterr().out.split("\n\n")
+    assert re.findall(r"\| `(\w+)`", scores) == ["none", "additive", "dot"]
+    rows = [line.strip("| ").split(" | ")[:3] for line in of_maps.splitlines()[2:]]
+    assert rows == [["`none`", "1", "3.00"], ["`dot`", "2", "6.00 ± 1.41"]]
+
+
 def test_a_map_of_one_region_leaves_the_other_kinds_their_colours():
     soft = np.full((4, 4), 0.7 / 15, np.float32)
     soft[1, 2] = 0.3

@@ -116,7 +116,8 @@ def compare(base: TrainConfig, options: argparse.Namespace, processes: Distribut
     if not processes.is_first:
         return
     rows = [summary(kind, of_kind) for kind, of_kind in results.items()]
-    text = markdown(rows)
+    mapped = {kind: [run for run in of_kind if MAPS[0] in run] for kind, of_kind in results.items()}
+    text = markdown(rows, [summary(kind, of_kind) for kind, of_kind in mapped.items() if of_kind])
     folder.mkdir(parents=True, exist_ok=True)  # where every run is in the table, nothing has made it
     with replacing(folder / "compare.md") as path:
         path.write_text(text + "\n", "utf-8")

@@ -30,19 +30,23 @@ Row = Mapping[str, Any]
 
 
 def summary(kind: str, results: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The mean and the standard deviation ("spread") of each figure over the seeds."""
+    """The mean and the standard deviation ("spread") over the seeds of each figure that all results have."""
     row: dict[str, Any] = {"kind": kind, "seeds": len(results)}
-    for name in results[0]:
+    for name in (name for name in results[0] if all(name in result for result in results)):
         values = [result[name] for result in results]
         row[name] = float(np.mean(values))
         row[f"{name} spread"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return row
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row], maps: Sequence[Row] = ()) -> str:
     """The tables; figures as mean ± standard deviation over the seeds.
 
-    Of several data sets, first the means over them. The second table, of the maps, is there if they were measured.
+    Of several data sets, first the means over them.
+
+    Args:
+        rows: a summary of each kind.
+        maps: of the kinds whose maps were measured, a summary of the runs in which they were; a table of its own.
     """
     of_sets = [name for name in rows[0] if name.endswith(tuple(f" {score}" for score in SCORES))]
     scores = [
@@ -61,10 +65,10 @@ def markdown(rows: Sequence[Row]) -> str:
             for row in rows
         ),
     ]
-    if MAPS[0] not in rows[0]:
+    if not maps:
         return table(scores)
-    maps = [["maps", *MAPS], *([f"`{row['kind']}`", *(cell(row, name, 2) for name in MAPS)] for row in rows)]
-    return f"{table(scores)}\n\n{table(maps)}"
+    figures = [[f"`{row['kind']}`", str(row["seeds"]), *(cell(row, name, 2) for name in MAPS)] for row in maps]
+    return f"{table(scores)}\n\n{table([['maps', 'seeds', *MAPS], *figures])}"
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
