@@ -346,6 +346,15 @@ def test_regions_are_hidden_by_the_pointer_and_the_caption_stands_beside_the_fir
     assert words(page) == before
 
 
+def test_a_fast_pointer_leaves_no_region_on_its_way_out(open_page):
+    page = open_page()
+    upload(page)
+    words(page)
+    page.locator("#viewer .regions").scroll_into_view_if_needed()
+    drag(page, ["Row 4, column 1", "Row 4, column 8"])
+    assert pressed(page) == [f"Row 4, column {column}" for column in range(1, 9)]
+
+
 def test_regions_are_hidden_from_the_keyboard_and_another_photo_has_none(open_page):
     page = open_page()
     upload(page)

@@ -18,6 +18,8 @@ function cellsOf({ grid: [rows, columns], displacement: [down, right] }) {
   });
 }
 
+const STEP = 4; // pixels between the places of a dragged pointer's way that are looked at
+
 const middle = ([left, top, width, height]) => [left + width / 2, top + height / 2];
 
 // The numbers of the regions whose middle lies in one of the boxes.
@@ -34,8 +36,9 @@ function regionBoard(one, boxes, change) {
   const cells = cellsOf(one);
   const hidden = cells.map(() => false);
   regionsIn(boxes, cells).forEach((region) => (hidden[region] = true));
-  let drawing = null; // whether the pointer that is down hides or shows; null where none is
+  let drawing = true; // whether the pointer that is down hides or shows
   let drawn = false; // whether the click of this pointer is done already
+  let last = [0, 0]; // where it was seen last, in the window
 
   function set(region, value) {
     if (value && hidden.filter((each) => !each).length === 1) return; // the network has to look somewhere
@@ -45,13 +48,20 @@ function regionBoard(one, boxes, change) {
     hidden[region] = value;
     buttons[region].setAttribute("aria-pressed", String(value));
   }
-  function draw(event) {
-    const region = buttons.indexOf(document.elementFromPoint(event.clientX, event.clientY));
-    if (region >= 0 && hidden[region] !== drawing) set(region, drawing);
+  // A fast pointer is seen in few places: what lies on the line from one to the next is drawn too.
+  function draw({ clientX, clientY }) {
+    const [x, y] = last;
+    const steps = Math.max(1, Math.ceil(Math.hypot(clientX - x, clientY - y) / STEP));
+    for (let step = 1; step <= steps; step++) {
+      const [across, down] = [x + ((clientX - x) * step) / steps, y + ((clientY - y) * step) / steps];
+      const region = buttons.indexOf(document.elementFromPoint(across, down));
+      if (region >= 0 && hidden[region] !== drawing) set(region, drawing);
+    }
+    last = [clientX, clientY];
   }
   function end() {
-    if (drawing === null) return;
-    drawing = null;
+    document.removeEventListener("pointermove", draw);
+    for (const name of ["pointerup", "pointercancel"]) document.removeEventListener(name, end);
     board.classList.remove("drawing");
     change(boxes);
   }
@@ -89,12 +99,13 @@ function regionBoard(one, boxes, change) {
       drawn = event.pointerType !== "touch" && event.button === 0 && region >= 0; // a finger scrolls, and taps
       if (!drawn) return;
       drawing = !hidden[region];
+      last = [event.clientX, event.clientY];
       board.classList.add("drawing");
       draw(event);
-      for (const name of ["pointerup", "pointercancel"]) document.addEventListener(name, end, { once: true });
+      document.addEventListener("pointermove", draw);
+      for (const name of ["pointerup", "pointercancel"]) document.addEventListener(name, end);
     },
     onfocusin: ({ target }) => buttons.forEach((button) => (button.tabIndex = button === target ? 0 : -1)),
-    onpointermove: (event) => { if (drawing !== null) draw(event); },
   }, ...buttons);
   return board;
 }
